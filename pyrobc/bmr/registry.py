@@ -7,10 +7,10 @@ Same likelihood, prior :math:`p \to \tilde p`, posterior ``q`` (Friston and Penn
     \quad\text{(nats)}, \qquad
     \tilde q(\theta) = q(\theta)\,\frac{\tilde p(\theta)}{p(\theta)}\,e^{-\Delta F}.
 
-Exact when ``q`` is the exact posterior, otherwise as good as ``q``.  Closed forms are registered per triple of types, as
-``register_kl`` does for pairs; every other triple goes to Pareto-smoothed importance sampling, which reports its error.
-``delta_f`` keeps the joint batch shape of the three distributions (event dimensions are summed), is float64 and is NaN
-exactly where the reduction is undefined, with ``reason`` saying why: NaN never prunes, and neither does an infinity.
+Exact when ``q`` is the exact posterior, otherwise as good as ``q``.  Closed forms are registered per triple of types,
+as ``register_kl`` does for pairs; every other triple goes to Pareto-smoothed importance sampling, which reports its
+error.  ``delta_f`` keeps the joint batch shape of the three distributions (event dimensions are summed), is float64 and
+is NaN exactly where the reduction is undefined, with ``reason`` saying why: NaN never prunes, nor does an infinity.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyrobc.dists.precision import in_double
 from pyrobc.errors import ReductionError
 
 __all__ = ["Reduction", "closed_form", "reduce", "register_reduction", "registered_triples"]
@@ -117,6 +118,8 @@ def reduce(
         ReductionError: supports, shapes or event dimensions that cannot be compared; or no closed form with
             ``num_draws=0``.
     """
+    memo: dict[int, Any] = {}
+    q, p, reduced = (in_double(dist, memo) for dist in (q, p, reduced))
     rule = closed_form(type(q), type(p), type(reduced))
     if rule is not None:
         return rule(q, p, reduced)

@@ -1,0 +1,39 @@
+"""The same distribution in float64: scores are computed in double precision whatever the network was trained in."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.distributions.transforms import Transform
+
+__all__ = ["in_double"]
+
+
+def in_double(dist: Distribution, memo: dict[int, Any] | None = None) -> Distribution:
+    """Copy ``dist`` with every floating-point parameter in float64; gradients flow to the original parameters.
+
+    Distributions that share a part still share it when they are converted with the same ``memo``.
+    """
+    result: Distribution = _convert(dist, {} if memo is None else memo)
+    return result
+
+
+def _convert(value: Any, memo: dict[int, Any]) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() and value.dtype != torch.float64 else value
+    if isinstance(value, list | tuple) and any(isinstance(v, Tensor | Distribution | Transform) for v in value):
+        return type(value)([_convert(v, memo) for v in value])
+    if not isinstance(value, Distribution | Transform):
+        return value
+    if id(value) not in memo:
+        twin = copy.copy(value)
+        # The original is kept alive beside its twin, so that its id cannot be given to another object.
+        memo[id(value)] = (value, twin)
+        for name, part in vars(value).items():
+            if not name.startswith("_cached"):
+                object.__setattr__(twin, name, _convert(part, memo))
+    return memo[id(value)][1]
