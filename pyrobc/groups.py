@@ -1,0 +1,175 @@
+r"""Groups: the slices of a network that live or die together.
+
+A *block* is one channel dimension of a network (the outputs of a layer, with everything that a residual add, a batch
+normalisation or a flatten ties to them); a *group* is one index of that dimension.  ``GroupSpec`` is plain frozen data:
+what belongs to which group, as CSR arrays, and what each group costs.  It knows nothing of priors or scores.
+
+A member's role says how it takes part:
+
+* ``produce``: rows that compute the channel (a layer's output rows and bias, batch-norm affine and statistics);
+* ``consume``: columns that read it.  Gates act here, after the nonlinearity, so that a zero gate is a removed channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyrobc.errors import GroupError, suggest
+
+__all__ = ["Block", "GroupSpec", "Kept", "Layer", "Member", "ParameterInfo"]
+
+Ints = NDArray[np.int64]
+Kept = Mapping[str, Ints]
+"""Kept group indices, ascending, by block name."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tensor axis coupled to a block: group ``g`` owns ``indices[ptr[g]:ptr[g + 1]]`` of ``parameter``'s ``axis``.
+
+    ``parameter`` is a parameter or buffer path such as ``"features.0.weight"``.
+    """
+
+    parameter: str
+    axis: int
+    role: Literal["produce", "consume"]
+    ptr: Ints
+    indices: Ints
+
+    @property
+    def module(self) -> str:
+        """Path of the layer the tensor belongs to."""
+        return self.parameter.rpartition(".")[0]
+
+    def owned_by(self, groups: Ints) -> Ints:
+        """Indices along ``axis`` owned by these groups."""
+        parts = [self.indices[self.ptr[g] : self.ptr[g + 1]] for g in groups]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def group_of_index(self) -> Ints:
+        """For each owned index of the axis, in the order of ``sorted(indices)``, the group that owns it."""
+        owner = np.repeat(np.arange(len(self.ptr) - 1), np.diff(self.ptr))
+        return owner[np.argsort(self.indices, kind="stable")]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One prunable channel dimension, named after the layer that produces it, or ``"input"``."""
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+
+    @property
+    def is_input(self) -> bool:
+        """Whether the channels are features of the network's input, which nothing inside it produces."""
+        return all(m.role == "consume" for m in self.members)
+
+    @property
+    def consumers(self) -> tuple[Member, ...]:
+        """The members that read the channels."""
+        return tuple(m for m in self.members if m.role == "consume")
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """Shape and kind of a trainable parameter.
+
+    ``weight`` and ``bias`` belong to linear and convolution layers, ``scale`` multiplies normalised channels.
+    """
+
+    shape: tuple[int, ...]
+    kind: Literal["weight", "bias", "scale", "other"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Multiply-accumulates of one layer for one example, and the parameter whose axes 0 and 1 they scale with."""
+
+    weight: str
+    macs: int
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """The groups of a network, its trainable parameters and its costs; ``left_alone`` maps layers to reasons."""
+
+    blocks: tuple[Block, ...]
+    parameters: Mapping[str, ParameterInfo]
+    layers: tuple[Layer, ...]
+    left_alone: Mapping[str, str]
+    tensors: Mapping[str, tuple[int, ...]]
+    """Shapes of every parameter and persistent buffer, trainable or not: the identity of the network."""
+
+    @property
+    def num_groups(self) -> int:
+        """Groups over all blocks."""
+        return sum(block.size for block in self.blocks)
+
+    @cached_property
+    def by_name(self) -> dict[str, Block]:
+        """Blocks by name."""
+        return {block.name: block for block in self.blocks}
+
+    def block(self, name: str) -> Block:
+        """The block called ``name``.
+
+        Raises:
+            GroupError: there is none; the message suggests the nearest name.
+        """
+        if name not in self.by_name:
+            raise GroupError(
+                "block", got=repr(name), allowed=", ".join(map(repr, self.by_name)), fix=suggest(name, self.by_name)
+            )
+        return self.by_name[name]
+
+    def labels(self) -> list[str]:
+        """``block[index]`` for every group, in order."""
+        return [f"{block.name}[{i}]" for block in self.blocks for i in range(block.size)]
+
+    def everything(self) -> dict[str, Ints]:
+        """The empty cut: all groups kept."""
+        return {block.name: np.arange(block.size) for block in self.blocks}
+
+    def kept_indices(self, kept: Kept) -> dict[tuple[str, int], Ints]:
+        """What stays of every coupled axis: ``{(parameter, axis): ascending indices}``.
+
+        Several blocks may share an axis (concatenation); each removes its own part.
+        """
+        removed: dict[tuple[str, int], list[Ints]] = {}
+        for block in self.blocks:
+            gone = np.setdiff1d(np.arange(block.size), kept[block.name])
+            for member in block.members:
+                removed.setdefault((member.parameter, member.axis), []).append(member.owned_by(gone))
+        return {
+            (name, axis): np.setdiff1d(np.arange(self.tensors[name][axis]), np.concatenate(gone))
+            for (name, axis), gone in removed.items()
+        }
+
+    def selecting(self) -> set[str]:
+        """Weights whose columns read input features: their layers must select what is kept."""
+        return {m.parameter for block in self.blocks if block.is_input for m in block.members}
+
+    def forecast(self, kept: Kept) -> tuple[int, int]:
+        """Parameters and MACs of the network after keeping ``kept``: exact, before anything is cut.
+
+        Parameters are the trainable ones; MACs are per example, of linear and convolution layers.
+        """
+        lengths = {key: len(index) for key, index in self.kept_indices(kept).items()}
+
+        def size(name: str, axis: int) -> int:
+            return lengths.get((name, axis), self.tensors[name][axis])
+
+        parameters = sum(prod(size(n, a) for a in range(len(p.shape))) for n, p in self.parameters.items())
+        macs = 0
+        for layer in self.layers:
+            full = self.tensors[layer.weight]
+            macs += layer.macs * size(layer.weight, 0) * size(layer.weight, 1) // (full[0] * full[1])
+        return parameters, macs
