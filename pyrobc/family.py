@@ -1,0 +1,237 @@
+r"""What a sparsity method is: a prior, the guide that answers to it, and the simpler priors that reduction may try.
+
+A family is one file in ``guides/``: a final class that subclasses :class:`Family` and sets ``name``.  Importing it
+registers it; ``families()`` imports every module of ``pyrobc.guides`` and every entry point ``pyrobc.families``.  A
+family sees a ``GroupSpec`` and tensors.  It never sees a network, a threshold or a decision.
+
+Sites.  Parameters of the network keep their paths as site names (``features.0.weight``); a block's scales are its
+siblings (``features.0.gate``).  The joint prior is a product over sites unless a family overrides ``sample_prior``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
+
+from pyrobc.dists import Restricted
+from pyrobc.errors import FamilyError, suggest
+from pyrobc.groups import GroupSpec
+from pyrobc.meanfield import MeanFieldGuide
+
+__all__ = [
+    "Effective",
+    "Family",
+    "GroupScale",
+    "Laws",
+    "ReducedPrior",
+    "Reference",
+    "families",
+    "make_family",
+    "normal_prior",
+    "restrict_to",
+]
+
+
+Laws = Mapping[str, Any]
+"""Distributions by site name; ``Any``, because what a law offers (``loc``, ``base_dist``) depends on its class."""
+
+
+class Reference(NamedTuple):
+    """A publication; ``bibtex`` is the entry to cite."""
+
+    key: str
+    authors: str
+    title: str
+    year: int
+    venue: str
+    url: str = ""
+
+    def bibtex(self) -> str:
+        """The BibTeX entry."""
+        url = f",\n  url = {{{self.url}}}" if self.url else ""
+        return (
+            f"@misc{{{self.key},\n  author = {{{self.authors}}},\n  title = {{{self.title}}},\n"
+            f"  year = {{{self.year}}},\n  howpublished = {{{self.venue}}}{url}\n}}"
+        )
+
+
+@dataclass(frozen=True)
+class Effective:
+    """What one draw of the sites means for the network.
+
+    Attributes:
+        gates: multiplier of each group where it is read, by block; shape ``[groups]`` or ``[draws, groups]``, where
+            draws divide the examples of a minibatch into equal runs.
+        parameters: weights, biases and other trainable parameters by path (their means where ``variances`` has them).
+        variances: variances of Normal weights and biases that have not been drawn: the pre-activations will be
+            (local reparameterisation, Kingma, Salimans and Welling 2015).
+    """
+
+    gates: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor]
+    variances: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GroupScale:
+    """Posterior and prior law of the multiplier of each group of a block; batch shape ``[groups]``."""
+
+    posterior: Distribution
+    prior: Distribution
+
+
+@dataclass(frozen=True)
+class ReducedPrior:
+    """A simpler prior for a group's multiplier.
+
+    Attributes:
+        label: name used in tables and plans.
+        of: ``(prior, threshold) -> reduced prior``; ``threshold`` is the multiplier below which a group is negligible.
+        event: ``threshold -> (lower, upper)`` when the reduction is the prior restricted to that interval; None when it
+            is a point or another smooth prior, which exclude nothing that the full prior had mass on.
+    """
+
+    label: str
+    of: Callable[[Distribution, Tensor], Distribution]
+    event: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+
+
+def restrict_to(label: str, event: Callable[[Tensor], tuple[Tensor, Tensor]]) -> ReducedPrior:
+    """The reduction to an interval of multipliers that may depend on the threshold."""
+
+    def of(prior: Distribution, threshold: Tensor) -> Distribution:
+        return Restricted(prior, *event(threshold))
+
+    return ReducedPrior(label, of, event)
+
+
+class Family(ABC):
+    """Abstract; every subclass that sets ``name`` is final and registers itself.
+
+    Class attributes:
+        name: registry key.
+        posterior_on: whether noise sits on gates (weights are points) or on weights as well.
+        has_closed_form_kl: every site's KL is analytic.
+        default_reduction: key into ``reduced()`` that decisions use.
+        references: what to cite.
+    """
+
+    name: ClassVar[str] = ""
+    posterior_on: ClassVar[Literal["gate", "weight"]]
+    has_closed_form_kl: ClassVar[bool] = True
+    default_reduction: ClassVar[str] = "rope"
+    references: ClassVar[tuple[Reference, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if inspect.isabstract(cls) or not cls.__dict__.get("name"):
+            return
+        other = _REGISTRY.get(cls.name)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise FamilyError(
+                f"family {cls.name!r}",
+                got=f"a second registration, by {cls.__module__}",
+                allowed=f"one; {other.__module__} has it",
+                fix="give the new family another name",
+            )
+        _REGISTRY[cls.name] = cls
+
+    @abstractmethod
+    def prior(self, spec: GroupSpec, like: Tensor) -> dict[str, Distribution]:
+        """Independent prior of every site, on ``like``'s device and in its dtype."""
+
+    @abstractmethod
+    def guide(self, spec: GroupSpec, start: Mapping[str, Tensor]) -> MeanFieldGuide:
+        """A guide with exactly the prior's sites, started from the network's parameters ``start``."""
+
+    @abstractmethod
+    def combine(self, values: Mapping[str, Tensor], spec: GroupSpec) -> Effective:
+        """What drawn sites mean for the network (deterministic)."""
+
+    @abstractmethod
+    def draw_local(self, laws: Laws, spec: GroupSpec, num_examples: int) -> Effective:
+        """One low-variance draw for a minibatch: noise per example, weights left as mean and variance."""
+
+    @abstractmethod
+    def mean(self, laws: Laws, spec: GroupSpec) -> Effective:
+        """Posterior mean of gates and parameters: what is deployed."""
+
+    @abstractmethod
+    def scales(self, laws: Laws, priors: Laws, spec: GroupSpec) -> dict[str, GroupScale]:
+        """Posterior and prior law of every group's multiplier, by block: what reductions act on."""
+
+    @abstractmethod
+    def reduced(self) -> dict[str, ReducedPrior]:
+        """The simpler priors that may be tried, by label."""
+
+    def sample_prior(self, priors: Laws) -> dict[str, Tensor]:
+        """Sample every site in Pyro; override for priors whose sites depend on each other."""
+        return {name: pyro.sample(name, law) for name, law in priors.items()}
+
+    def kl(self, laws: Laws, priors: Laws) -> dict[str, Tensor]:
+        """KL(guide || prior) of every site in nats (scalars), from registered closed forms."""
+        return {name: kl_divergence(law, priors[name]).sum() for name, law in laws.items()}
+
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments, for plans and checkpoints."""
+        return {k: getattr(self, k) for k in inspect.signature(type(self)).parameters}
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+_REGISTRY: dict[str, type[Family]] = {}
+
+
+def families() -> dict[str, type[Family]]:
+    """Every family by name: the built-in files of ``pyrobc.guides`` and installed entry points, discovered."""
+    import pyrobc.guides as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    for point in entry_points(group="pyrobc.families"):
+        point.load()
+    return dict(sorted(_REGISTRY.items()))
+
+
+def make_family(family: Family | str, **settings: Any) -> Family:
+    """A family from its name and settings; an instance passes through.
+
+    Raises:
+        FamilyError: unknown name (the nearest is suggested) or settings that the family does not take.
+    """
+    if isinstance(family, Family):
+        return family
+    known = families()
+    if family not in known:
+        raise FamilyError("family", got=repr(family), allowed=", ".join(known), fix=suggest(str(family), known))
+    accepted = inspect.signature(known[family]).parameters
+    unknown = [key for key in settings if key not in accepted]
+    if unknown:
+        raise FamilyError(
+            f"settings of family {family!r}",
+            got=", ".join(unknown),
+            allowed=", ".join(accepted) or "none",
+            fix=suggest(unknown[0], accepted),
+        )
+    return known[family](**settings)
+
+
+def normal_prior(shape: tuple[int, ...], scale: float, like: Tensor, loc: float = 0.0) -> Distribution:
+    """Independent Normals over a whole tensor as one site."""
+    one = dist.Normal(like.new_full((), loc), like.new_full((), scale), validate_args=False)
+    law: Distribution = one.expand(torch.Size(shape)).to_event(len(shape))
+    return law

@@ -1,0 +1,134 @@
+"""A mean-field guide with one factor per site, sampled directly so that every KL can be analytic.
+
+``MeanFieldGuide`` is an ordinary Pyro guide.  Site names contain dots, which ``nn.Module`` does not allow in the names
+of children, so factors are stored under the name with ``/`` for ``.``.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyrobc.groups import GroupSpec, Kept
+
+__all__ = ["Factor", "LogNormalFactor", "MeanFieldGuide", "NormalFactor", "PointFactor"]
+
+
+class Factor(nn.Module):
+    """The variational law of one site; every parameter of a factor has the shape of the site."""
+
+    lr_scale: float = 1.0
+    """Multiplier of the learning rate for this factor's parameters."""
+
+    @abstractmethod
+    def distribution(self) -> Distribution:
+        """The law at the current parameters; all dimensions are event dimensions."""
+
+    def project_(self) -> None:
+        """Put parameters back into their legal range, in place, after an optimiser step."""
+
+
+class PointFactor(Factor):
+    """A point mass: maximum a posteriori for this site."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value.detach().clone())
+
+    def distribution(self) -> Distribution:
+        """Delta at ``value``."""
+        return dist.Delta(self.value, event_dim=self.value.dim(), validate_args=False)
+
+
+class NormalFactor(Factor):
+    """Independent Normals; ``scale = exp(log_scale)``, kept at or below ``max_scale``."""
+
+    def __init__(self, loc: Tensor, log_scale: float, max_scale: float | None = None) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(loc.detach().clone())
+        self.log_scale = nn.Parameter(torch.full_like(loc, log_scale))
+        self.max_scale = max_scale
+
+    def distribution(self) -> Distribution:
+        """Normal(loc, exp(log_scale))."""
+        law: Distribution = dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(self.loc.dim())
+        return law
+
+    def project_(self) -> None:
+        """Clip the scale (Louizos, Ullrich and Welling 2017 clip the first layers')."""
+        if self.max_scale is not None:
+            self.log_scale.data.clamp_(max=float(np.log(self.max_scale)))
+
+
+class LogNormalFactor(Factor):
+    """Independent log-normals; ``scale = exp(log_scale)`` of the logarithm."""
+
+    def __init__(self, loc: Tensor, log_scale: float) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(loc.detach().clone())
+        self.log_scale = nn.Parameter(torch.full_like(loc, log_scale))
+
+    def distribution(self) -> Distribution:
+        """LogNormal(loc, exp(log_scale))."""
+        law: Distribution = dist.LogNormal(self.loc, self.log_scale.exp(), validate_args=False).to_event(self.loc.dim())
+        return law
+
+
+class MeanFieldGuide(PyroModule):
+    """One factor per site."""
+
+    def __init__(self, factors: Mapping[str, Factor]) -> None:
+        super().__init__()
+        self.factors = nn.ModuleDict({name.replace(".", "/"): factor for name, factor in factors.items()})
+
+    def by_site(self) -> dict[str, Factor]:
+        """Factors by site name."""
+        return {key.replace("/", "."): factor for key, factor in self.factors.items()}  # type: ignore[misc]
+
+    def distributions(self) -> dict[str, Distribution]:
+        """The law of every site at the current parameters."""
+        return {name: factor.distribution() for name, factor in self.by_site().items()}
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every site in Pyro; takes whatever the model takes and reads none of it."""
+        return {name: pyro.sample(name, cast(Any, law)) for name, law in self.distributions().items()}
+
+    def project_(self) -> None:
+        """Put every factor's parameters back into their legal range."""
+        with torch.no_grad():
+            for factor in self.by_site().values():
+                factor.project_()
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Parameters for ``torch.optim``, grouped by learning rate."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for factor in self.by_site().values():
+            groups.setdefault(factor.lr_scale, []).extend(factor.parameters())
+        return [{"params": params, "lr": lr * scale} for scale, params in groups.items()]
+
+    def restricted(self, spec: GroupSpec, kept: Kept) -> MeanFieldGuide:
+        """The guide of the network after a cut: removed groups' factors are sliced away, the rest carries over."""
+        indices = spec.kept_indices(kept)
+        small = copy.deepcopy(self)
+        for site, factor in small.by_site().items():
+            block = spec.by_name.get(site.rpartition(".")[0])
+            for name, parameter in list(factor.named_parameters(recurse=False)):
+                value = parameter.detach()
+                if site in spec.parameters:
+                    for axis in range(value.dim()):
+                        if (site, axis) in indices:
+                            value = value.index_select(axis, torch.as_tensor(indices[site, axis]).to(value.device))
+                elif block is not None and value.shape == (block.size,):
+                    value = value[torch.as_tensor(kept[block.name]).to(value.device)]
+                setattr(factor, name, nn.Parameter(value.clone()))
+        return small
