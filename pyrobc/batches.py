@@ -1,0 +1,105 @@
+"""Minibatches: what is accepted as data, and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyrobc.dependency import describe_inputs, first_tensor
+from pyrobc.errors import DataError
+
+__all__ = ["TensorLoader", "as_loader", "check_batch", "count_rows", "move"]
+
+
+class TensorLoader:
+    """Minibatches sliced from tensors that are already in memory; shuffles with torch's current random state."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int = 128, shuffle: bool = True) -> None:
+        if len(inputs) != len(targets):
+            raise DataError(
+                "data",
+                got=f"{len(inputs)} inputs and {len(targets)} targets",
+                allowed="as many targets as inputs",
+                fix="check how the arrays were split",
+            )
+        self.inputs, self.targets = inputs, targets
+        self.batch_size, self.shuffle = batch_size, shuffle
+        self.dataset = range(len(inputs))
+
+    def __len__(self) -> int:
+        return -(-len(self.inputs) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = len(self.inputs)
+        order = torch.randperm(rows) if self.shuffle else torch.arange(rows)
+        for index in order.split(self.batch_size):
+            yield self.inputs[index], self.targets[index]
+
+
+def as_loader(data: Any, *, batch_size: int = 128, shuffle: bool = True) -> Iterable[Any]:
+    """A loader from a loader, or from a pair of tensors or arrays ``(inputs, targets)``."""
+    if isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
+        inputs, targets = (torch.as_tensor(part) for part in data)
+        return TensorLoader(inputs, targets, batch_size, shuffle)
+    if isinstance(data, Iterable):
+        return data
+    raise DataError(
+        "data",
+        got=type(data).__name__,
+        allowed="a loader that yields (inputs, targets), or a pair of arrays",
+        fix="pass torch.utils.data.DataLoader(dataset, batch_size=128, shuffle=True)",
+    )
+
+
+def count_rows(loader: Any) -> int:
+    """Rows of the data behind ``loader``.
+
+    Raises:
+        DataError: there are none.
+    """
+    dataset: Any = getattr(loader, "dataset", None)
+    rows = len(dataset) if hasattr(dataset, "__len__") else sum(len(batch[1]) for batch in loader)
+    if rows == 0:
+        raise DataError("data", got="no rows", allowed="at least one row", fix="check the path and the split")
+    return rows
+
+
+def move(value: Any, anchor: Tensor) -> Any:
+    """Inputs or targets on ``anchor``'s device, reals in its dtype."""
+    if isinstance(value, Tensor):
+        dtype = anchor.dtype if value.is_floating_point() else value.dtype
+        return value.to(device=anchor.device, dtype=dtype, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: move(part, anchor) for key, part in value.items()}
+    return tuple(move(part, anchor) for part in value)
+
+
+def check_batch(inputs: Any, targets: Tensor, example_inputs: Any) -> None:
+    """Refuse NaN, infinities, and inputs shaped unlike ``example_inputs`` beyond their first axis.
+
+    Raises:
+        DataError: subject, what was got, what is allowed, the fix.
+    """
+    first, example = first_tensor(inputs), first_tensor(example_inputs)
+    if first.shape[1:] != example.shape[1:]:
+        raise DataError(
+            "inputs",
+            got=f"a batch of {describe_inputs(inputs)}",
+            allowed=f"rows shaped like example_inputs, (rows, {', '.join(map(str, example.shape[1:]))})",
+            fix="reshape the data, or lift the network with a batch of this shape",
+        )
+    if len(targets) != len(first):
+        raise DataError(
+            "batch",
+            got=f"{len(first)} inputs and {len(targets)} targets",
+            allowed="as many targets as inputs",
+            fix="check the loader's collate function",
+        )
+    parts = [inputs] if isinstance(inputs, Tensor) else list(getattr(inputs, "values", lambda: inputs)())
+    if any(part.is_floating_point() and not bool(torch.isfinite(part).all()) for part in parts):
+        raise DataError(
+            "inputs", got="NaN or infinite values", allowed="finite numbers", fix="drop or impute those rows"
+        )

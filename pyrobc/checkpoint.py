@@ -1,0 +1,94 @@
+"""Checkpoints: written whole or not at all, refused if they belong to something else, read without unpickling code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyrobc.errors import CheckpointError, OutputError
+
+__all__ = ["fingerprint", "read_checkpoint", "write_atomically", "write_checkpoint"]
+
+_FORMAT = 1
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """A short hash of JSON-able facts that must agree before a checkpoint may be resumed."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` on a temporary name beside ``path``, then rename: readers see the old file or the new one.
+
+    Raises:
+        OutputError: the directory cannot be made or written, or the disk is full; nothing is left behind.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+            raise
+        raise OutputError(
+            f"output {path}",
+            got=f"{type(error).__name__}: {error}",
+            allowed="a directory that can be written, with room on its disk",
+            fix="choose another output directory or free some space",
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_checkpoint(path: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Save ``state`` (tensors, numbers, strings, lists, dicts) under ``identity``."""
+    payload = {"format": _FORMAT, "identity": {k: json.dumps(v, default=str) for k, v in identity.items()}}
+    write_atomically(path, lambda temporary: torch.save(payload | {"state": dict(state)}, temporary))
+
+
+def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The state saved at ``path``.
+
+    Raises:
+        CheckpointError: unreadable, another format, or saved under another identity; says which part differs.
+    """
+    fix = "delete it, or pass another checkpoint path"
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+        saved, state = payload["identity"], payload["state"]
+        version = payload["format"]
+    except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"checkpoint {path}",
+            got=f"an unreadable file ({type(error).__name__})",
+            allowed="a checkpoint of this run",
+            fix=fix,
+        ) from error
+    if version != _FORMAT:
+        raise CheckpointError(f"checkpoint {path}", got=f"format {version}", allowed=f"format {_FORMAT}", fix=fix)
+    for key, value in identity.items():
+        here = json.dumps(value, default=str)
+        if saved.get(key) != here:
+            raise CheckpointError(
+                f"checkpoint {path}: {key}", got=_shorten(saved.get(key)), allowed=_shorten(here), fix=fix
+            )
+    return dict(state)
+
+
+def _shorten(text: str | None) -> str:
+    text = str(text)
+    return text if len(text) <= 120 else f"{text[:117]}..."

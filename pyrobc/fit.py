@@ -1,0 +1,285 @@
+"""Training: one loop for every family, with checkpoints that resume to the same bits.
+
+All randomness of an epoch comes from ``(seed, epoch)``, so resuming needs no saved random state and any loader that
+draws from torch, numpy or Python (or has a generator of its own) repeats itself.  Nothing global is left changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import pyro
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyrobc.batches import as_loader, check_batch, count_rows, move
+from pyrobc.checkpoint import read_checkpoint, write_checkpoint
+from pyrobc.errors import FitError
+from pyrobc.lift import LiftedModel
+from pyrobc.meanfield import MeanFieldGuide
+from pyrobc.negligible import DEFAULT_EPSILON, negligible_thresholds
+from pyrobc.objective import Loss, fast_loss, split_laws, traced_loss
+from pyrobc.posterior import Posterior, evaluating, measure_input_rms, seeded
+
+__all__ = ["fit"]
+
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+ScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+@dataclass
+class _Run:
+    """Everything that changes while training, and so everything a checkpoint holds."""
+
+    model: LiftedModel
+    guide: MeanFieldGuide
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler | None
+    epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "guide": self.guide.state_dict(),
+            "buffers": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict() if self.schedule else None,
+            "epoch": self.epoch,
+            "history": self.history,
+            "best": self.best,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.guide.load_state_dict(state["guide"])
+        self.model.load_state_dict(state["buffers"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule:
+            self.schedule.load_state_dict(state["schedule"])
+        self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
+
+    def note_best(self, loss: float) -> None:
+        if loss < self.best.get("loss", math.inf):
+            tensors = {f"guide/{k}": v.clone() for k, v in self.guide.state_dict().items()}
+            tensors |= {f"model/{k}": v.clone() for k, v in self.model.state_dict().items()}
+            self.best = {"loss": loss, "epoch": self.epoch, "tensors": tensors}
+
+    def restore_best(self) -> None:
+        tensors = self.best["tensors"]
+        for prefix, module in (("guide/", self.guide), ("model/", self.model)):
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+
+
+def fit(
+    model: LiftedModel,
+    data: Any,
+    *,
+    epochs: int,
+    seed: int = 0,
+    lr: float = 1e-3,
+    optimizer: OptimizerFactory | None = None,
+    schedule: ScheduleFactory | None = None,
+    temperature: float = 1.0,
+    warmup_epochs: int = 0,
+    clip_norm: float | None = None,
+    batch_size: int = 128,
+    validation: Any = None,
+    patience: int | None = None,
+    checkpoint: str | Path | None = None,
+    path: Literal["fast", "traced"] = "fast",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    guide: MeanFieldGuide | None = None,
+    progress: bool = True,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> Posterior:
+    """Fit ``model`` by stochastic variational inference.
+
+    Args:
+        model: what ``lift`` returned; its batch-norm statistics are updated.
+        data: a loader of ``(inputs, targets)``, or a pair of arrays.
+        epochs: passes over the data in all, those before a resume included.
+        seed: seed of all randomness.
+        lr: learning rate of the default optimiser, Adam.
+        optimizer: ``parameter_groups -> torch.optim.Optimizer``.
+        schedule: ``optimizer -> learning-rate scheduler``, stepped every epoch.
+        temperature: weight of the KL; 1 is the ELBO.
+        warmup_epochs: epochs over which the KL weight grows linearly to ``temperature``.
+        clip_norm: largest gradient norm.
+        batch_size: for arrays; a loader has its own.
+        validation: held-out data for early stopping.
+        patience: epochs without a better validation loss before stopping; the best state is restored.
+        checkpoint: file written after every epoch and resumed from if it exists.
+        path: ``fast`` (local draws) or ``traced`` (Pyro's ELBO module); same expectation.
+        device: where to train.
+        dtype: ``torch.float32`` or ``torch.float64``.
+        guide: start from this guide instead of a new one (re-adapting after a cut).
+        progress: show a progress bar.
+        on_epoch: called with the numbers of each epoch, after its checkpoint.
+
+    Raises:
+        DataError, FitError, CheckpointError, OutputError: see the message.
+    """
+    _check_settings(epochs, temperature, patience, validation)
+    model = model.to(device=device, dtype=dtype)
+    guide = (guide or model.new_guide()).to(model.anchor)
+    loader = as_loader(data, batch_size=batch_size)
+    held_out = None if validation is None else as_loader(validation, batch_size=1024, shuffle=False)
+    num_data = count_rows(loader)
+    groups = guide.parameter_groups(lr)
+    chosen = optimizer(groups) if optimizer else torch.optim.Adam(groups, lr=lr, fused=True)
+    run = _Run(model, guide, chosen, schedule(chosen) if schedule else None)
+    identity = {
+        "version": version("pyrobc"),
+        "network": {n: list(s) for n, s in model.spec.tensors.items()},
+        "family": repr(model.family),
+        "likelihood": model.likelihood.name,
+        "dtype": str(model.anchor.dtype),
+        "settings": [seed, lr, temperature, warmup_epochs, clip_norm, path, num_data],
+    }
+    target = Path(checkpoint) if checkpoint else None
+    if target is not None and target.exists():
+        run.load(read_checkpoint(target, identity))
+    make_loss = {"fast": fast_loss, "traced": traced_loss}[path]
+    loss = make_loss(model, guide, num_data)
+    bar = tqdm(total=epochs, initial=run.epoch, desc=f"fit {model.family.name}", disable=not progress, unit="epoch")
+    with pyro.get_param_store().scope(), bar:
+        while run.epoch < epochs and not _is_stale(run, patience):
+            weight = temperature * min(1.0, (run.epoch + 1) / (warmup_epochs + 1))
+            numbers = _train_epoch(run, loss, loader, weight, clip_norm, seed)
+            if held_out is not None:
+                numbers["validation_loss"] = _validate(run, held_out)
+                if weight == temperature:  # before the warm-up ends losses are not comparable
+                    run.note_best(numbers["validation_loss"])
+            run.history.append(numbers)
+            if target is not None:
+                write_checkpoint(target, identity, run.state())
+            bar.update()
+            bar.set_postfix(
+                {
+                    "ELBO": f"{numbers['elbo']:.4g}",
+                    "error": f"{numbers['error']:.3f}",
+                    "groups": f"{numbers['groups']:.0f}",
+                }
+            )
+            if on_epoch is not None:
+                on_epoch(numbers)
+    if patience is not None and run.best:
+        run.restore_best()
+    posterior = Posterior(model, guide, num_data, seed, run.history)
+    with seeded(seed):
+        posterior.input_rms = measure_input_rms(model, posterior.mean(), loader)
+    return posterior
+
+
+def _train_epoch(
+    run: _Run, loss: Loss, loader: Iterable[Any], temperature: float, clip_norm: float | None, seed: int
+) -> dict[str, float]:
+    model, is_first = run.model, not run.history
+    model.train()
+    total, batches = 0.0, 0
+    with seeded(seed * 1_000_003 + run.epoch):
+        generator = getattr(loader, "generator", None)
+        if generator is not None:
+            generator.manual_seed(seed * 1_000_003 + run.epoch)
+        for batch in loader:
+            inputs, targets = move(batch[0], model.anchor), move(batch[1], model.anchor)
+            if is_first:
+                check_batch(inputs, targets, model.example_inputs)
+                _check_targets(run, inputs, targets)
+            with pyro.validation_enabled(is_first and batches == 0):
+                value = loss(inputs, targets, temperature)
+            run.optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            if clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(run.guide.parameters(), clip_norm)
+            total += _finite(value, run.epoch, batches)
+            run.optimizer.step()
+            run.guide.project_()
+            batches += 1
+        if run.schedule is not None:
+            run.schedule.step()
+    if batches == 0:
+        count_rows([])
+    run.epoch += 1
+    return {
+        "epoch": float(run.epoch),
+        "elbo": -total / batches,
+        "temperature": temperature,
+        **_look(run, inputs, targets),
+    }
+
+
+def _check_targets(run: _Run, inputs: Any, targets: Tensor) -> None:
+    with torch.no_grad(), evaluating(run.model):
+        own, _ = split_laws(run.model, run.guide.distributions())
+        run.model.likelihood.check(targets, run.model.run(run.model.family.mean(own, run.model.spec), inputs))
+
+
+@torch.no_grad()
+def _look(run: _Run, inputs: Any, targets: Tensor) -> dict[str, float]:
+    """Error of the mean network on the last batch, and how many groups the posterior expects to matter."""
+    model = run.model
+    own, _ = split_laws(model, run.guide.distributions())
+    mean = model.family.mean(own, model.spec)
+    scales = model.family.scales(own, model.family.prior(model.spec, model.anchor), model.spec)
+    rms = measure_input_rms(model, mean, [(inputs, targets)])
+    thresholds = negligible_thresholds(model.spec, mean, rms, DEFAULT_EPSILON)
+    stay = sum(float((1 - scales[b].posterior.cdf(t.to(model.anchor))).sum()) for b, t in thresholds.items())
+    with evaluating(model):
+        error = model.likelihood.loss(model.run(mean, inputs), targets).mean()
+    return {"error": float(error), "groups": stay}
+
+
+@torch.no_grad()
+def _validate(run: _Run, loader: Iterable[Any]) -> float:
+    """Mean negative log likelihood of the mean network, nats per row."""
+    own, extra = split_laws(run.model, run.guide.distributions())
+    effective = run.model.family.mean(own, run.model.spec)
+    values = {name: law.mean for name, law in extra.items()}
+    total, rows = 0.0, 0
+    with evaluating(run.model):
+        for batch in loader:
+            inputs, targets = move(batch[0], run.model.anchor), move(batch[1], run.model.anchor)
+            outputs = run.model.run(effective, inputs)
+            total -= float(run.model.likelihood.distribution(outputs, values).log_prob(targets).sum())
+            rows += len(targets)
+    return total / rows
+
+
+def _is_stale(run: _Run, patience: int | None) -> bool:
+    return patience is not None and bool(run.best) and run.epoch - run.best["epoch"] >= patience
+
+
+def _finite(value: Tensor, epoch: int, batch: int) -> float:
+    number = float(value.detach())
+    if not math.isfinite(number):
+        raise FitError(
+            "training",
+            got=f"a loss of {number} at epoch {epoch + 1}, batch {batch + 1}",
+            allowed="finite losses",
+            fix="lower lr, set clip_norm=10, or add warmup_epochs",
+        )
+    return number
+
+
+def _check_settings(epochs: int, temperature: float, patience: int | None, validation: Any) -> None:
+    if epochs < 1:
+        raise FitError("epochs", got=str(epochs), allowed="1 or more", fix="pass epochs=60, for instance")
+    if not temperature > 0:
+        raise FitError(
+            "temperature", got=str(temperature), allowed="a positive weight of the KL", fix="1.0 is the ELBO"
+        )
+    if patience is not None and validation is None:
+        raise FitError(
+            "early stopping",
+            got=f"patience={patience} without validation data",
+            allowed="patience together with validation",
+            fix="pass validation=loader",
+        )

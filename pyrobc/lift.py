@@ -1,0 +1,182 @@
+"""From a plain network and a family to an ordinary Pyro model.
+
+``lift`` copies the network; the user's is never edited.  The model samples every site of the family's prior, computes
+the network with what they mean, and observes the targets in a plate: ``poutine.trace``, ``Predictive``, autoguides and
+NUTS work on it.  Gates and weights are global latent variables.  Noise per example and local reparameterisation belong
+to inference (see ``fit``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.func import functional_call
+
+from pyrobc.dependency import LIFTABLE, first_tensor, trace_groups
+from pyrobc.family import Effective, Family, make_family
+from pyrobc.groups import GroupSpec, Kept
+from pyrobc.lifted_layers import LayerLaw, LiftedLayer
+from pyrobc.likelihoods import Likelihood, make_likelihood
+from pyrobc.meanfield import Factor, MeanFieldGuide
+from pyrobc.slicing import call_network, slice_groups
+
+__all__ = ["LiftedModel", "lift"]
+
+
+class LiftedModel(PyroModule):
+    """A network with a sparsity prior and a likelihood, as a Pyro model ``model(inputs, targets=None)``.
+
+    Attributes:
+        spec: its groups.
+        num_data: rows of the whole data set, for the scale of minibatches; None takes each batch as all the data.
+    """
+
+    anchor: Tensor
+
+    def __init__(
+        self, net: nn.Module, spec: GroupSpec, family: Family, likelihood: Likelihood, example_inputs: Any
+    ) -> None:
+        super().__init__()
+        self.spec, self.family, self.likelihood = spec, family, likelihood
+        self.num_data: int | None = None
+        self.example_inputs = example_inputs
+        self._template = (copy.deepcopy(net),)  # in a tuple: not a submodule, so not trained, moved or saved
+        self.net = _replace_layers(copy.deepcopy(net), spec)
+        self._layers = tuple((n, m) for n, m in self.net.named_modules() if isinstance(m, LiftedLayer))
+        paths = {path for path, _ in self._layers}
+        self._others = tuple(n for n in spec.parameters if n.rpartition(".")[0] not in paths)
+        self.register_buffer("anchor", first_parameter(net).detach().new_zeros(()), persistent=False)
+
+    @property
+    def template(self) -> nn.Module:
+        """The network as it was given, a private copy."""
+        return self._template[0]
+
+    def priors(self) -> dict[str, Distribution]:
+        """The prior of every site, of the family and of the likelihood, on this model's device and in its dtype."""
+        return self.family.prior(self.spec, self.anchor) | self.likelihood.priors(self.anchor)
+
+    def new_guide(self) -> MeanFieldGuide:
+        """The family's guide, started from the network's parameters."""
+        start = {n: p.detach().to(self.anchor) for n, p in self.template.named_parameters()}
+        guide = self.family.guide(self.spec, start)
+        factors: dict[str, Factor] = guide.by_site() | self.likelihood.factors(self.anchor)
+        return MeanFieldGuide(factors)
+
+    def forward(self, inputs: Any, targets: Tensor | None = None) -> Tensor:
+        """Sample the sites, run the network, observe (or sample) the targets."""
+        values = self.family.sample_prior(self.family.prior(self.spec, self.anchor))
+        scales = {name: pyro.sample(name, cast(Any, law)) for name, law in self.likelihood.priors(self.anchor).items()}
+        outputs = self.run(self.family.combine(values, self.spec), inputs)
+        rows = first_tensor(inputs).shape[0]
+        size = rows if targets is None else self.num_data or rows
+        with pyro.plate("data", size, subsample=torch.arange(rows, device=outputs.device)):
+            return pyro.sample("y", cast(Any, self.likelihood.distribution(outputs, scales)), obs=targets)
+
+    def run(self, effective: Effective, inputs: Any) -> Tensor:
+        """The network's output for given gates and parameters; no sampling of sites."""
+        others = {name: effective.parameters[name] for name in self._others if name in effective.parameters}
+        for path, layer in self._layers:
+            weight, bias = _tensor_names(path)
+            layer.law = LayerLaw(
+                effective.gates,
+                effective.parameters.get(weight),
+                effective.parameters.get(bias),
+                effective.variances.get(weight),
+                effective.variances.get(bias),
+            )
+        try:
+            if not others:
+                return first_tensor(call_network(self.net, inputs))
+            args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
+            kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
+            return first_tensor(functional_call(self.net, others, args, kwargs))
+        finally:
+            for _, layer in self._layers:
+                layer.law = None
+
+    def to_module(self, effective: Effective) -> nn.Module:
+        """A plain copy of the network with these parameters, gates folded into the columns that read each group."""
+        plain = copy.deepcopy(self.template).to(self.anchor)
+        buffers = dict(self.net.named_buffers())
+        tensors = dict(plain.named_parameters())
+        with torch.no_grad():
+            for name, value in effective.parameters.items():
+                tensors[name].copy_(value)
+            for name, buffer in plain.named_buffers():
+                buffer.copy_(buffers[name])
+            for path, layer in self._layers:
+                if layer.blocks:
+                    weight = tensors[_tensor_names(path)[0]]
+                    gate = layer.input_gate(effective.gates)
+                    weight.mul_(gate.reshape(1, -1, *(1,) * (weight.dim() - 2)))
+        return plain.eval()
+
+    def restricted(self, kept: Kept) -> LiftedModel:
+        """The model of the network after a cut, with the groups of the smaller network traced anew."""
+        plain = self.to_module(Effective({b.name: self.anchor.new_ones(b.size) for b in self.spec.blocks}, {}))
+        small = slice_groups(plain, self.spec, kept)
+        prune_inputs = any(block.is_input for block in self.spec.blocks)
+        model = lift(small, self.family, self.likelihood, self.example_inputs, prune_inputs=prune_inputs)
+        model.num_data = self.num_data
+        return model
+
+
+def lift(
+    net: nn.Module,
+    family: Family | str,
+    likelihood: Likelihood | str = "categorical",
+    example_inputs: Any = None,
+    *,
+    prune_inputs: bool = True,
+) -> LiftedModel:
+    """Turn ``net`` into a Pyro model with ``family``'s prior; ``net`` itself is not changed.
+
+    Args:
+        net: any tree of linear, convolution, batch-norm, activation, pooling, flatten and dropout modules, with
+            residual adds; what cannot be gated is listed in ``model.spec.left_alone`` with the reason.
+        family: a family or its name.
+        likelihood: a likelihood or its name.
+        example_inputs: a batch as the network sees it (``x[:1]``), a tuple or a dict of tensors.
+        prune_inputs: whether input features read by a linear layer are groups too.
+
+    Raises:
+        GroupError: the network does not run on the example, cannot be traced, or has no prunable group.
+        FamilyError: unknown family.
+    """
+    chosen = make_family(family)
+    spec = trace_groups(net, example_inputs, prune_inputs=prune_inputs)
+    return LiftedModel(net, spec, chosen, make_likelihood(likelihood), example_inputs)
+
+
+def first_parameter(net: nn.Module) -> Tensor:
+    """A parameter of the network, for its device and dtype."""
+    return next(iter(net.parameters()))
+
+
+def _replace_layers(net: nn.Module, spec: GroupSpec) -> nn.Module:
+    """Swap every linear and convolution layer with a trainable tensor for a ``LiftedLayer``; freeze the rest."""
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    for path, layer in list(net.named_modules()):
+        if not isinstance(layer, LIFTABLE):
+            continue
+        names = _tensor_names(path)
+        consumed = [(b.name, m) for b in spec.blocks for m in b.consumers if m.parameter == names[0]]
+        lifted = LiftedLayer(layer, consumed, frozen=(names[0] not in spec.parameters, names[1] not in spec.parameters))
+        if not path:
+            return lifted
+        parent, _, name = path.rpartition(".")
+        setattr(net.get_submodule(parent), name, lifted)
+    return net
+
+
+def _tensor_names(path: str) -> tuple[str, str]:
+    return (f"{path}.weight", f"{path}.bias") if path else ("weight", "bias")

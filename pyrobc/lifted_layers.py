@@ -1,0 +1,117 @@
+r"""Linear and convolution layers that take their weights, variances and input gates from outside.
+
+With input ``h``, gate ``g`` per example and input channel, weights ``W ~ N(M, V)`` and bias ``b ~ N(m, v)``
+elementwise, the pre-activation of an example is exactly Normal given ``g`` (Kingma, Salimans and Welling 2015):
+
+.. math:: a \sim N\big(M (h \circ g) + m,\; V (h \circ g)^2 + v\big),
+
+so one draw per pre-activation replaces one draw per weight.  Without variances the layer is the plain one on ``h * g``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyrobc.groups import Member
+from pyrobc.slicing import SelectLinear
+
+__all__ = ["LayerLaw", "LiftedLayer"]
+
+_SMALLEST_VARIANCE = 1e-16  # keeps the gradient of the square root finite where an example's input is all zero
+
+
+@dataclass(frozen=True)
+class LayerLaw:
+    """What one call of a layer uses: block gates, means (None: frozen), and variances where weights were not drawn."""
+
+    gates: Mapping[str, Tensor]
+    weight: Tensor | None
+    bias: Tensor | None
+    weight_variance: Tensor | None = None
+    bias_variance: Tensor | None = None
+
+
+class LiftedLayer(nn.Module):
+    """Stands where a linear or convolution layer stood; ``law`` is set around each call of the network."""
+
+    law: LayerLaw | None = None
+    owner: Tensor
+    select: Tensor | None
+    frozen_weight: Tensor | None
+    frozen_bias: Tensor | None
+
+    def __init__(
+        self,
+        layer: nn.Linear | nn.Conv1d | nn.Conv2d,
+        consumed: Sequence[tuple[str, Member]],
+        frozen: tuple[bool, bool],
+    ) -> None:
+        """Replace ``layer``, whose input channels belong to the blocks in ``consumed``; ``frozen``: weight, bias.
+
+        ``owner[i]`` is the position of input ``i``'s gate among the concatenated gates of the blocks, the last
+        position being a constant one for inputs that no group owns.
+        """
+        super().__init__()
+        self.blocks = [name for name, _ in consumed]
+        total = sum(len(m.ptr) - 1 for _, m in consumed)
+        owner = torch.full((layer.weight.shape[1],), total)
+        offset = 0
+        for _, member in consumed:
+            index = torch.as_tensor(member.indices).sort().values
+            owner[index] = torch.as_tensor(member.group_of_index()) + offset
+            offset += len(member.ptr) - 1
+        self.register_buffer("owner", owner, persistent=False)
+        self.is_identity = len(consumed) == 1 and bool(torch.equal(owner, torch.arange(total)))
+        self.is_covered = bool((owner < total).all())
+        self.register_buffer("select", layer.index if isinstance(layer, SelectLinear) else None, persistent=False)
+        for name, tensor, is_frozen in zip(("weight", "bias"), (layer.weight, layer.bias), frozen, strict=True):
+            value = tensor.detach() if is_frozen and tensor is not None else None
+            self.register_buffer(f"frozen_{name}", value, persistent=False)
+        self.convolution = layer if isinstance(layer, nn.Conv1d | nn.Conv2d) else None
+        if self.convolution is not None:  # its tensors are not ours: only stride, padding and the like are read
+            self.convolution.weight = self.convolution.bias = None  # type: ignore[assignment]
+
+    def input_gate(self, gates: Mapping[str, Tensor]) -> Tensor:
+        """Gate of every input channel, ``[..., inputs]``, from the gates of the blocks it reads."""
+        parts = [gates[name] for name in self.blocks]
+        if self.is_identity:
+            return parts[0]
+        if not self.is_covered:
+            parts.append(parts[0].new_ones(*parts[0].shape[:-1], 1))
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return joined.index_select(-1, self.owner)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Gate the input, then the affine map, with noise on the pre-activation where weights have variances."""
+        law = cast(LayerLaw, self.law)
+        weight = cast(Tensor, self.frozen_weight if law.weight is None else law.weight)
+        bias = self.frozen_bias if law.bias is None else law.bias
+        if self.select is not None:
+            h = h.index_select(-1, self.select)
+        if self.blocks:
+            h = h * self._shape_gate(self.input_gate(law.gates), h)
+        mean = self._affine(h, weight, bias)
+        if law.weight_variance is None:
+            return mean
+        variance = self._affine(h.square(), law.weight_variance, law.bias_variance)
+        return mean + variance.clamp_min(_SMALLEST_VARIANCE).sqrt() * torch.randn_like(mean)
+
+    def _shape_gate(self, gate: Tensor, h: Tensor) -> Tensor:
+        if gate.dim() == 2 and gate.shape[0] != h.shape[0]:
+            runs = torch.arange(h.shape[0], device=h.device) * gate.shape[0] // h.shape[0]
+            gate = gate.index_select(0, runs)
+        if self.convolution is not None:
+            trailing = (1,) * (h.dim() - 2)
+            return gate.reshape(gate.shape + trailing)
+        return gate if gate.dim() == 1 else gate.reshape(gate.shape[0], *(1,) * (h.dim() - 2), gate.shape[-1])
+
+    def _affine(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.convolution is None:
+            return F.linear(h, weight, bias)
+        return cast(Tensor, self.convolution._conv_forward(h, weight, bias))

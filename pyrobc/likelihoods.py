@@ -1,0 +1,164 @@
+"""What the network's output says about the targets: Categorical, Normal with a learned scale, Bernoulli."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyrobc.errors import ConfigError, DataError, suggest
+from pyrobc.meanfield import Factor, LogNormalFactor
+
+__all__ = ["Bernoulli", "Categorical", "Likelihood", "Normal", "make_likelihood"]
+
+
+class Likelihood(ABC):
+    """Targets given outputs; parameters of its own are latent sites like any other."""
+
+    name: ClassVar[str]
+    loss_name: ClassVar[str]
+
+    @abstractmethod
+    def distribution(self, outputs: Tensor, values: Mapping[str, Tensor]) -> Distribution:
+        """Law of the targets, batch shape ``[rows]``."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """What users call the error, per row: wrong label (0 or 1), or squared error."""
+
+    @abstractmethod
+    def check(self, targets: Tensor, outputs: Tensor) -> None:
+        """Raise a ``DataError`` for targets that this likelihood cannot have produced."""
+
+    def priors(self, like: Tensor) -> dict[str, Distribution]:
+        """Prior of the likelihood's own sites."""
+        return {}
+
+    def factors(self, like: Tensor) -> dict[str, Factor]:
+        """Variational factors of the likelihood's own sites."""
+        return {}
+
+
+class Categorical(Likelihood):
+    """Class labels from logits ``[rows, classes]``."""
+
+    name = "categorical"
+    loss_name = "error"
+
+    def distribution(self, outputs: Tensor, values: Mapping[str, Tensor]) -> Distribution:
+        """Categorical over the last axis."""
+        return dist.Categorical(logits=outputs, validate_args=False)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """One where the most probable class is not the target."""
+        return (outputs.argmax(-1) != targets).to(outputs.dtype)
+
+    def check(self, targets: Tensor, outputs: Tensor) -> None:
+        """Integer labels between 0 and the number of outputs."""
+        classes = outputs.shape[-1]
+        if targets.is_floating_point() or targets.dim() != 1:
+            raise DataError(
+                "labels",
+                got=f"{targets.dtype} of shape {tuple(targets.shape)}",
+                allowed="integers of shape (rows,)",
+                fix="pass class numbers, for instance y.long()",
+            )
+        if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= classes):
+            raise DataError(
+                "labels",
+                got=f"values from {int(targets.min())} to {int(targets.max())}",
+                allowed=f"0 to {classes - 1}, as the network has {classes} outputs",
+                fix="number the classes from 0, or give the network more outputs",
+            )
+
+
+class Normal(Likelihood):
+    """Real targets with one learned noise scale, ``scale ~ LogNormal(0, 1)``."""
+
+    name = "normal"
+    loss_name = "squared error"
+
+    def distribution(self, outputs: Tensor, values: Mapping[str, Tensor]) -> Distribution:
+        """Normal around the outputs; trailing axes are one event."""
+        law: Distribution = dist.Normal(outputs, values["y.scale"], validate_args=False).to_event(outputs.dim() - 1)
+        return law
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Squared error, summed over outputs."""
+        return (outputs - targets).square().flatten(1).sum(1)
+
+    def check(self, targets: Tensor, outputs: Tensor) -> None:
+        """Finite reals of the outputs' shape."""
+        _check_reals(targets, outputs)
+
+    def priors(self, like: Tensor) -> dict[str, Distribution]:
+        """LogNormal(0, 1) on the scale."""
+        return {"y.scale": dist.LogNormal(like.new_zeros(()), like.new_ones(()), validate_args=False)}
+
+    def factors(self, like: Tensor) -> dict[str, Factor]:
+        """A log-normal started at a scale of one."""
+        return {"y.scale": LogNormalFactor(like.new_zeros(()), log_scale=-3.0)}
+
+
+class Bernoulli(Likelihood):
+    """Zeros and ones from logits."""
+
+    name = "bernoulli"
+    loss_name = "error"
+
+    def distribution(self, outputs: Tensor, values: Mapping[str, Tensor]) -> Distribution:
+        """Independent Bernoullis; trailing axes are one event."""
+        law: Distribution = dist.Bernoulli(logits=outputs, validate_args=False).to_event(outputs.dim() - 1)
+        return law
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Share of wrong signs per row."""
+        wrong = (outputs > 0) != (targets > 0.5)
+        return wrong.to(outputs.dtype).flatten(1).mean(1) if outputs.dim() > 1 else wrong.to(outputs.dtype)
+
+    def check(self, targets: Tensor, outputs: Tensor) -> None:
+        """Zeros and ones of the outputs' shape."""
+        _check_reals(targets, outputs)
+        if not bool(((targets == 0) | (targets == 1)).all()):
+            raise DataError(
+                "targets",
+                got=f"values from {float(targets.min()):g} to {float(targets.max()):g}",
+                allowed="0 and 1",
+                fix="encode the two outcomes as 0.0 and 1.0",
+            )
+
+
+_LIKELIHOODS: dict[str, type[Likelihood]] = {c.name: c for c in (Bernoulli, Categorical, Normal)}
+
+
+def make_likelihood(likelihood: Likelihood | str) -> Likelihood:
+    """A likelihood from its name; an instance passes through."""
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    if likelihood not in _LIKELIHOODS:
+        raise ConfigError(
+            "likelihood",
+            got=repr(likelihood),
+            allowed=", ".join(_LIKELIHOODS),
+            fix=suggest(str(likelihood), _LIKELIHOODS),
+        )
+    return _LIKELIHOODS[likelihood]()
+
+
+def _check_reals(targets: Any, outputs: Tensor) -> None:
+    if not targets.is_floating_point() or targets.shape != outputs.shape:
+        raise DataError(
+            "targets",
+            got=f"{targets.dtype} of shape {tuple(targets.shape)}",
+            allowed=f"real numbers of the outputs' shape {tuple(outputs.shape)}",
+            fix="reshape the targets, for instance y.float().unsqueeze(-1)",
+        )
+    if not bool(torch.isfinite(targets).all()):
+        raise DataError(
+            "targets", got="NaN or infinite values", allowed="finite numbers", fix="drop or impute those rows"
+        )

@@ -1,0 +1,90 @@
+r"""When is a group negligible?  The multiplier below which it carries less than a share of the next layer's input.
+
+Group ``g`` of a block feeds a layer through columns :math:`W_{:,i}, i \in g`, times its multiplier :math:`z_g`, on
+inputs with root mean square :math:`r_i`.  Its standard contribution to the layer's pre-activations and its share are
+
+.. math::
+    c_g^2 = \sum_{i\in g} r_i^2 \sum_j E[w_{ji}^2], \qquad
+    \text{share}_g = z_g\, c_g / T,\quad T^2 = \sum_i E[z_{g(i)}]^2\, r_i^2 \sum_j E[w_{ji}^2],
+
+so ``share < epsilon`` is the event :math:`z_g < \epsilon T / c_g`: the ROPE.  With several readers the smallest
+threshold counts.  A threshold is capped where the ROPE would hold more than 99% of the prior, so that a group which
+carries nothing at all still has finite odds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyrobc.family import Effective
+from pyrobc.groups import GroupSpec
+
+__all__ = ["DEFAULT_EPSILON", "negligible_thresholds"]
+
+DEFAULT_EPSILON = 1e-2
+"""Share of a layer's input below which a group is negligible, unless the user says otherwise."""
+
+_LARGEST_PRIOR_MASS = 0.99
+
+
+def negligible_thresholds(
+    spec: GroupSpec,
+    mean: Effective,
+    input_rms: Mapping[str, Tensor],
+    epsilon: float,
+    priors: Mapping[str, Distribution] | None = None,
+) -> dict[str, Tensor]:
+    """Multiplier of each group below which its share is under ``epsilon``, by block, float64.
+
+    Args:
+        spec: the groups.
+        mean: posterior mean of gates and parameters, with variances of the latter where they have any.
+        input_rms: root mean square of every input channel of each reading layer, by weight path; ones if absent.
+        epsilon: the largest negligible share.
+        priors: prior law of the multipliers, by block, for the cap; None for no cap.
+    """
+    power: dict[str, Tensor] = {}
+    received: dict[str, Tensor] = {}
+    for block in spec.blocks:
+        for member in block.consumers:
+            name = member.parameter
+            if name not in power:
+                power[name] = _column_power(name, mean, input_rms)
+                received[name] = power[name].clone()
+            index = torch.as_tensor(member.indices, device=power[name].device).sort().values
+            owner = torch.as_tensor(member.group_of_index(), device=power[name].device)
+            received[name][index] = power[name][index] * mean.gates[block.name].double()[owner].square()
+    thresholds = {}
+    for block in spec.blocks:
+        like = mean.gates[block.name].double()
+        bound = torch.full_like(like, torch.inf) if priors is None else _prior_cap(priors[block.name], like)
+        for member in block.consumers:
+            index = torch.as_tensor(member.indices, device=bound.device).sort().values
+            owner = torch.as_tensor(member.group_of_index(), device=bound.device)
+            carried = bound.new_zeros(block.size).index_add(0, owner, power[member.parameter][index])
+            total = received[member.parameter].sum()
+            bound = torch.minimum(bound, epsilon * (total / carried.clamp_min(1e-300)).sqrt())
+        thresholds[block.name] = bound
+    return thresholds
+
+
+def _column_power(weight: str, mean: Effective, input_rms: Mapping[str, Tensor]) -> Tensor:
+    second = mean.parameters[weight].detach().double().square()
+    if weight in mean.variances:
+        second = second + mean.variances[weight].detach().double()
+    power = second.transpose(0, 1).flatten(1).sum(1)
+    return power * input_rms[weight].double().square() if weight in input_rms else power
+
+
+def _prior_cap(prior: Distribution, like: Tensor) -> Tensor:
+    """The multiplier with prior probability 0.99 below it, by bisection on its logarithm."""
+    low, high = torch.full_like(like, -50.0), torch.full_like(like, 50.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        is_below = prior.cdf(middle.exp()).double() < _LARGEST_PRIOR_MASS
+        low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
+    return low.exp()

@@ -1,0 +1,164 @@
+"""A fitted network: the posterior of its sites, its seed, and what can be drawn or read from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyrobc.batches import move
+from pyrobc.family import Effective, GroupScale
+from pyrobc.groups import Kept
+from pyrobc.lift import LiftedModel
+from pyrobc.lifted_layers import LiftedLayer
+from pyrobc.meanfield import MeanFieldGuide
+from pyrobc.negligible import negligible_thresholds
+from pyrobc.objective import split_laws
+
+__all__ = ["Posterior", "evaluating", "measure_input_rms", "seeded"]
+
+
+@dataclass
+class Posterior:
+    """The fitted guide of a lifted model.
+
+    Attributes:
+        model: the lifted model; its batch-norm statistics are those of the fit.
+        guide: the law of every site.
+        num_data: rows of the training data.
+        seed: seed of the fit.
+        history: one dict of numbers per epoch.
+        input_rms: root mean square of every input channel of every layer on training data, by weight path.
+    """
+
+    model: LiftedModel
+    guide: MeanFieldGuide
+    num_data: int
+    seed: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    input_rms: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def laws(self) -> dict[str, Distribution]:
+        """The posterior law of every site."""
+        return self.guide.distributions()
+
+    def mean(self) -> Effective:
+        """Posterior mean of gates and parameters."""
+        with torch.no_grad():
+            own, _ = split_laws(self.model, self.laws())
+            return self.model.family.mean(own, self.model.spec)
+
+    def scales(self) -> dict[str, GroupScale]:
+        """Posterior and prior law of every group's multiplier, in float64."""
+        with torch.no_grad():
+            guide = copy.deepcopy(self.guide).double()
+            priors = self.model.family.prior(self.model.spec, self.model.anchor.double())
+            own, _ = split_laws(self.model, guide.distributions())
+            return self.model.family.scales(own, priors, self.model.spec)
+
+    def thresholds(self, epsilon: float) -> dict[str, Tensor]:
+        """Multiplier below which each group carries less than a share ``epsilon`` of what its readers receive."""
+        priors = {name: scale.prior for name, scale in self.scales().items()}
+        return negligible_thresholds(self.model.spec, self.mean(), self.input_rms, epsilon, priors)
+
+    def to_module(self) -> nn.Module:
+        """A plain network at the posterior mean, gates folded into weights; nothing is pruned yet."""
+        return self.model.to_module(self.mean())
+
+    @torch.no_grad()
+    def draw(self, seed: int) -> dict[str, Tensor]:
+        """One joint draw of all sites."""
+        with seeded(seed):
+            return {name: law.sample() for name, law in self.laws().items()}
+
+    @torch.no_grad()
+    def log_likelihood(self, inputs: Any, targets: Tensor, values: Mapping[str, Tensor], kept: Kept) -> Tensor:
+        """Log likelihood of every row in nats for drawn sites, with removed groups' gates at zero."""
+        spec = self.model.spec
+        effective = self.model.family.combine(values, spec)
+        gates = {
+            b.name: effective.gates[b.name] * _kept_mask(kept[b.name], effective.gates[b.name]) for b in spec.blocks
+        }
+        with evaluating(self.model):
+            outputs = self.model.run(replace(effective, gates=gates), inputs)
+        return self.model.likelihood.distribution(outputs, values).log_prob(targets)
+
+    def restricted(self, kept: Kept) -> Posterior:
+        """The posterior of the smaller network, with removed groups' factors sliced away, ready to be re-adapted."""
+        guide = self.guide.restricted(self.model.spec, kept)
+        small = Posterior(self.model.restricted(kept), guide, self.num_data, self.seed, list(self.history))
+        indices = self.model.spec.kept_indices(kept)
+        small.input_rms = {
+            name: rms[torch.as_tensor(indices[name, 1])] if (name, 1) in indices else rms
+            for name, rms in self.input_rms.items()
+        }
+        return small
+
+
+@torch.no_grad()
+def measure_input_rms(model: LiftedModel, mean: Effective, loader: Any, max_rows: int = 10_000) -> dict[str, Tensor]:
+    """Root mean square of every input channel of every layer of the mean network, before its gate."""
+    power: dict[str, Tensor] = {}
+    rows = 0
+
+    def hook(path: str) -> Any:
+        def record(layer: LiftedLayer, args: tuple[Tensor, ...]) -> None:
+            h = args[0] if layer.select is None else args[0].index_select(-1, layer.select)
+            channel = 1 if layer.convolution is not None else h.dim() - 1
+            axes = [a for a in range(h.dim()) if a != channel]
+            weight = f"{path}.weight" if path else "weight"
+            total = h.double().square().mean(axes) * h.shape[0]
+            power[weight] = power.get(weight, torch.zeros_like(total)) + total
+
+        return record
+
+    handles = [m.register_forward_pre_hook(hook(p)) for p, m in model.net.named_modules() if isinstance(m, LiftedLayer)]
+    try:
+        with evaluating(model):
+            for inputs, targets in loader:
+                model.run(mean, move(inputs, model.anchor))
+                rows += len(targets)
+                if rows >= max_rows:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (total / rows).sqrt() for name, total in power.items()}
+
+
+@contextmanager
+def evaluating(model: LiftedModel) -> Iterator[None]:
+    """The network in evaluation mode, put back afterwards."""
+    was_training = model.net.training
+    model.net.eval()
+    try:
+        yield
+    finally:
+        model.net.train(was_training)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's, numpy's and Python's random states set inside, restored outside."""
+    import pyro
+
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    state = pyro.util.get_rng_state()
+    with torch.random.fork_rng(devices=devices):
+        pyro.set_rng_seed(seed)
+        try:
+            yield
+        finally:
+            pyro.util.set_rng_state(state)
+
+
+def _kept_mask(kept: Any, like: Tensor) -> Tensor:
+    mask = torch.zeros_like(like)
+    mask[torch.as_tensor(kept, device=like.device)] = 1
+    return mask
