@@ -1,6 +1,7 @@
 """Bayesian model reduction: price simpler models through a change of prior, without refitting."""
 
-from pyrobc.bmr import interval, normal, point, truncated  # noqa: F401  (their closed forms register on import)
+# The modules of closed forms register them on import.
+from pyrobc.bmr import gamma, interval, log_normal, matrix_normal, normal, point, simplex, truncated  # noqa: F401
 from pyrobc.bmr.multivariate_normal import delete
 from pyrobc.bmr.registry import Reduction, reduce, register_reduction, registered_triples
 

@@ -11,7 +11,7 @@ prior is two changes of prior in a row, p to its base and the base to the interv
 from __future__ import annotations
 
 import torch
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
 from pyrobc.bmr.registry import Reduction, reduce, register_reduction
 from pyrobc.dists import Restricted, interval_log_mass
@@ -50,4 +50,7 @@ def _is_same(p: Distribution, base: Distribution) -> bool:
         return True
     if type(p) is not type(base) or p.batch_shape != base.batch_shape:
         return False
-    return all(torch.equal(getattr(p, name), getattr(base, name)) for name in p.arg_constraints if name in vars(p))
+    if isinstance(p, Independent) and isinstance(base, Independent):
+        return _is_same(p.base_dist, base.base_dist)
+    names = p.arg_constraints
+    return bool(names) and all(torch.equal(getattr(p, name), getattr(base, name)) for name in names)

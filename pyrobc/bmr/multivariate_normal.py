@@ -48,20 +48,12 @@ from torch.distributions import Distribution, Independent, LowRankMultivariateNo
 
 from pyrobc.bmr.registry import Reduction, register_reduction
 from pyrobc.dists import in_double
+from pyrobc.dists.cholesky import log_det, whiten
 from pyrobc.errors import ReductionError
 
 __all__ = ["delete", "reduce_multivariate_normal"]
 
 _INADMISSIBLE = "the reduced posterior has no positive definite precision"
-
-
-def _triangular(factor: Tensor, other: Tensor) -> Tensor:
-    """``factor^-1 other``, batches broadcast."""
-    return torch.linalg.solve_triangular(factor, other, upper=False)
-
-
-def _log_det(factor: Tensor) -> Tensor:
-    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def _joint(dist: Distribution) -> tuple[Tensor, Tensor]:
@@ -85,10 +77,10 @@ def reduce_multivariate_normal(q: Distribution, p: Distribution, reduced: Distri
     size = loc.shape[-1]
     factor, factor_p, factor_r = (f.expand(*batch, size, size) for f in (factor, factor_p, factor_r))
     shift = (loc_r - loc_p).expand(*batch, size)[..., None]
-    a_matrix, b_matrix = _triangular(factor_r, factor), _triangular(factor_p, factor)
-    z = _triangular(factor, (loc - loc_p).expand(*batch, size)[..., None])
-    pull = a_matrix.mT @ _triangular(factor_r, shift)
-    push = _triangular(factor, shift) - b_matrix.mT @ _triangular(factor_p, shift)
+    a_matrix, b_matrix = whiten(factor_r, factor), whiten(factor_p, factor)
+    z = whiten(factor, (loc - loc_p).expand(*batch, size)[..., None])
+    pull = a_matrix.mT @ whiten(factor_r, shift)
+    push = whiten(factor, shift) - b_matrix.mT @ whiten(factor_p, shift)
     gain = a_matrix.mT @ a_matrix - b_matrix.mT @ b_matrix
     eye = torch.eye(size, dtype=loc.dtype, device=loc.device)
     growth, failed = torch.linalg.cholesky_ex(eye + gain)
@@ -96,9 +88,9 @@ def reduce_multivariate_normal(q: Distribution, p: Distribution, reduced: Distri
     growth = torch.where(is_defined[..., None, None], growth, eye)
     solved = torch.cholesky_solve(torch.cat([gain @ z - 2.0 * pull, push, z + pull], -1), growth)
     energy = (z.mT @ solved[..., :1] + pull.mT @ solved[..., 1:2])[..., 0, 0]
-    delta_f = _log_det(factor_p) - _log_det(factor_r) - _log_det(growth) - 0.5 * energy
+    delta_f = log_det(factor_p) - log_det(factor_r) - log_det(growth) - 0.5 * energy
     delta_f = torch.where(is_defined, delta_f, math.nan)
-    root = _triangular(growth, factor.mT)  # root^T root = reduced covariance
+    root = whiten(growth, factor.mT)  # root^T root = reduced covariance
     moved = loc_p + (factor @ solved[..., 2:])[..., 0]
     covariance = root.mT @ root
     posterior = PyroMultivariateNormal(moved, scale_tril=_factor(covariance), validate_args=False)
@@ -146,10 +138,10 @@ def delete(q: Distribution, p: Distribution, index: Tensor | Sequence[int], valu
     covariance, covariance_p = factor @ factor.mT, factor_p @ factor_p.mT
     part, shift, quadratic = _standardise(held, loc, covariance, gone)
     part_p, _, quadratic_p = _standardise(held, loc_p, covariance_p, gone)
-    delta_f = _log_det(part_p) - _log_det(part) - 0.5 * (quadratic - quadratic_p)
+    delta_f = log_det(part_p) - log_det(part) - 0.5 * (quadratic - quadratic_p)
     if not len(kept):
         return Reduction(delta_f)
-    cross = _triangular(part, covariance[..., gone, :][..., kept])
+    cross = whiten(part, covariance[..., gone, :][..., kept])
     moved = loc[..., kept] + (cross.mT @ shift)[..., 0]
     left = covariance[..., kept, :][..., kept] - cross.mT @ cross
     return Reduction(delta_f, PyroMultivariateNormal(moved, scale_tril=_factor(left), validate_args=False))
@@ -158,7 +150,7 @@ def delete(q: Distribution, p: Distribution, index: Tensor | Sequence[int], valu
 def _standardise(held: Tensor, loc: Tensor, covariance: Tensor, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cholesky factor of C_II, whitened deviation and its square."""
     part = torch.linalg.cholesky(covariance[..., gone, :][..., gone])
-    shift = _triangular(part, (held - loc[..., gone])[..., None])
+    shift = whiten(part, (held - loc[..., gone])[..., None])
     return part, shift, shift.square().sum((-2, -1))
 
 

@@ -11,10 +11,13 @@ References:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pyro.distributions import Delta
 from torch.distributions import Distribution
 
+from pyrobc.bmr.compare import in_support
 from pyrobc.bmr.registry import Reduction, register_reduction
 from pyrobc.errors import ReductionError
 
@@ -24,8 +27,9 @@ __all__ = ["reduce_to_point"]
 @register_reduction(Distribution, Distribution, Delta)
 def reduce_to_point(q: Distribution, p: Distribution, reduced: Delta) -> Reduction:
     """Log density ratio ln q(v) - ln p(v) with ``v = reduced.v``; the kept posterior is the point itself."""
-    prior = _log_density(p, reduced)
-    posterior = _log_density(q, reduced)
+    point = reduced.v
+    prior = torch.where(in_support(p, point), p.log_prob(point), -math.inf)
+    posterior = torch.where(in_support(q, point), q.log_prob(point), -math.inf)
     if not bool(torch.isfinite(prior).all()) or bool((torch.isnan(posterior) | torch.isposinf(posterior)).any()):
         raise ReductionError(
             f"reduced prior Delta under {type(p).__name__}",
@@ -34,15 +38,3 @@ def reduce_to_point(q: Distribution, p: Distribution, reduced: Delta) -> Reducti
             fix="score a region of practical equivalence (ROPE) instead: Restricted(p, lower, upper)",
         )
     return Reduction(posterior - prior, reduced)
-
-
-def _log_density(dist: Distribution, reduced: Delta) -> torch.Tensor:
-    try:
-        return dist.log_prob(reduced.v).double()
-    except ValueError as error:
-        raise ReductionError(
-            f"reduced prior Delta under {type(dist).__name__}",
-            got="a point outside the support",
-            allowed=f"a value in the support of {type(dist).__name__}",
-            fix="choose such a point, or score a region of practical equivalence (ROPE): Restricted(p, lower, upper)",
-        ) from error

@@ -16,41 +16,20 @@ is NaN exactly where the reduction is undefined, with ``reason`` saying why: NaN
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.distributions import Distribution
 
+from pyrobc.bmr.compare import batch_shape, check_comparable
+from pyrobc.bmr.monte_carlo import estimate_reduction
+from pyrobc.bmr.reduction import Reduction
+from pyrobc.bmr.wrappers import Trio, plain, unwrap
 from pyrobc.dists.precision import in_double
 from pyrobc.errors import ReductionError
 
 __all__ = ["Reduction", "closed_form", "reduce", "register_reduction", "registered_triples"]
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """What a change of prior is worth.
-
-    Attributes:
-        delta_f: log evidence gained, nats, float64, batch shape; NaN where undefined.  Larger says prune.
-        posterior: the posterior under the reduced prior, where a closed form gives one.
-        mcse: Monte Carlo standard error of ``delta_f`` in nats; zero for closed forms.
-        khat: Pareto shape of the importance weights; None for closed forms.
-        reason: why entries are undefined, in words; empty when all are defined.
-    """
-
-    delta_f: Tensor
-    posterior: Distribution | None = None
-    mcse: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    khat: Tensor | None = None
-    reason: str = ""
-
-    @property
-    def is_defined(self) -> Tensor:
-        """Where ``delta_f`` is a number, as a boolean tensor of the batch shape."""
-        return ~torch.isnan(self.delta_f)
 
 
 Rule = Callable[[Any, Any, Any], Reduction]
@@ -119,10 +98,34 @@ def reduce(
             ``num_draws=0``.
     """
     memo: dict[int, Any] = {}
-    q, p, reduced = (in_double(dist, memo) for dist in (q, p, reduced))
-    rule = closed_form(type(q), type(p), type(reduced))
-    if rule is not None:
-        return rule(q, p, reduced)
-    from pyrobc.bmr.monte_carlo import estimate_reduction
+    trio = (in_double(q, memo), in_double(p, memo), in_double(reduced, memo))
+    check_comparable(trio)
+    result = _reduce((plain(trio[0]), plain(trio[1]), plain(trio[2])), num_draws, generator)
+    return _expand(result, batch_shape(trio))
 
-    return estimate_reduction(q, p, reduced, num_draws=num_draws, generator=generator)
+
+def _reduce(trio: Trio, num_draws: int, generator: torch.Generator | None) -> Reduction:
+    shared = unwrap(trio)
+    if shared is not None:
+        inner_trio, num_dims, wrap = shared
+        inner = _expand(_reduce(inner_trio, num_draws, generator), batch_shape(inner_trio))
+        return _sum_events(inner, num_dims, wrap)
+    rule = closed_form(*(type(law) for law in trio))
+    if rule is not None:
+        return rule(*trio)
+    return estimate_reduction(*trio, num_draws=num_draws, generator=generator)
+
+
+def _sum_events(inner: Reduction, num_dims: int, wrap: Callable[[Distribution], Distribution]) -> Reduction:
+    """Independent elements: evidence adds up, and so do the squares of its errors."""
+    posterior = None if inner.posterior is None else wrap(inner.posterior)
+    if not num_dims:
+        return replace(inner, posterior=posterior)
+    dims = tuple(range(-num_dims, 0))
+    khat = None if inner.khat is None else inner.khat.amax(dims)
+    return Reduction(inner.delta_f.sum(dims), posterior, inner.mcse.square().sum(dims).sqrt(), khat, inner.reason)
+
+
+def _expand(result: Reduction, shape: torch.Size) -> Reduction:
+    khat = None if result.khat is None else result.khat.expand(shape)
+    return replace(result, delta_f=result.delta_f.expand(shape), mcse=result.mcse.expand(shape), khat=khat)

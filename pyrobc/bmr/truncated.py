@@ -12,6 +12,8 @@ In :math:`x = \ln\theta` with prior :math:`U[a, b]` and posterior :math:`N(\mu, 
 
   .. math:: \Delta F = \ln\frac{b-a}{b'-a'} + \ln Q(a' \le x \le b')
 
+* a truncated log-normal prior (``reduce_from_log_normal``): the scalar Normal form, and four normalisers;
+
 * spike at the low end (:math:`\tilde\mu = a, \tilde\sigma \to 0`; Savage-Dickey):
   :math:`\Delta F = \ln(b-a) + \ln q_x(a)`.
 
@@ -36,7 +38,7 @@ from pyrobc.dists import TruncatedLogNormal, TruncatedLogUniform
 from pyrobc.dists.truncation import log_peak_mass
 from pyrobc.errors import ReductionError
 
-__all__ = ["reduce_to_log_normal", "reduce_to_log_uniform", "reduce_to_spike"]
+__all__ = ["reduce_from_log_normal", "reduce_to_log_normal", "reduce_to_log_uniform", "reduce_to_spike"]
 
 _OUTSIDE = "the reduced prior reaches beyond the support of the full prior"
 
@@ -45,7 +47,7 @@ def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.maximum(torch.minimum(x, high), low)
 
 
-def _same_support(q: TruncatedLogNormal, p: TruncatedLogUniform) -> Tensor:
+def _same_support(q: TruncatedLogNormal, p: TruncatedLogUniform | TruncatedLogNormal) -> Tensor:
     slack = 1e-6 * (p.high - p.low)
     return ((q.low - p.low).abs() <= slack) & ((q.high - p.high).abs() <= slack)
 
@@ -82,6 +84,42 @@ def _energy(move: Tensor, excess: Tensor, low: Tensor, high: Tensor, scale: Tens
     """Exponent at the peak of the product, below that at the own peak: both measured from the own peak."""
     step = _clamp(move, low, high)
     return 0.5 * (step / scale) * ((step - 2.0 * excess) / scale)
+
+
+@register_reduction(TruncatedLogNormal, TruncatedLogNormal, TruncatedLogUniform)
+@register_reduction(TruncatedLogNormal, TruncatedLogNormal, TruncatedLogNormal)
+def reduce_from_log_normal(
+    q: TruncatedLogNormal, p: TruncatedLogNormal, reduced: TruncatedLogNormal | TruncatedLogUniform
+) -> Reduction:
+    """Truncated log-normal prior, elementwise; undefined where the reduced posterior would have no positive precision.
+
+    The product of the three densities is a normal around its own location, cut to the reduced support; its exponent is
+    summed at its peak, each factor measured from its own.
+    """
+    low, high = reduced.low, reduced.high
+    signed: list[tuple[TruncatedLogNormal, float]] = [(q, 1.0), (p, -1.0)]
+    if isinstance(reduced, TruncatedLogNormal):
+        signed.append((reduced, 1.0))
+    precision = sum((sign / law.scale.square() for law, sign in signed), torch.zeros_like(low))
+    is_defined = precision > 0
+    precision = torch.where(is_defined, precision, torch.ones_like(precision))
+    # The location is found from q's: the precision-weighted pulls of the other two.
+    pulls = (sign * (law.loc - q.loc) / law.scale.square() for law, sign in signed[1:])
+    loc, scale = q.loc + sum(pulls, torch.zeros_like(low)) / precision, precision.rsqrt()
+    peak = _clamp(loc, low, high)
+    delta_f = log_peak_mass((low - loc) / scale, (high - loc) / scale) + torch.log(scale)
+    for law, sign in signed:
+        own = _clamp(law.loc, law.low, law.high)
+        step, excess = peak - own, law.loc - own
+        energy = 0.5 * (step / law.scale) * ((step - 2.0 * excess) / law.scale)
+        mass = log_peak_mass((law.low - law.loc) / law.scale, (law.high - law.loc) / law.scale) + torch.log(law.scale)
+        delta_f = delta_f - sign * (energy + mass)
+    if isinstance(reduced, TruncatedLogUniform):
+        delta_f = delta_f - torch.log(high - low)
+    is_nested = (low >= p.low - 1e-6 * (p.high - p.low)) & (high <= p.high + 1e-6 * (p.high - p.low))
+    why = _OUTSIDE if bool(is_defined.all()) else "the reduced posterior has no positive precision"
+    delta_f, reason = _mask(delta_f, is_defined & is_nested & _same_support(q, p), why)
+    return Reduction(delta_f, TruncatedLogNormal(loc, scale, low, high, validate_args=False), reason=reason)
 
 
 @register_reduction(TruncatedLogNormal, TruncatedLogUniform, TruncatedLogUniform)

@@ -3,6 +3,7 @@
 from pyrobc.dists.half_cauchy_product import HalfCauchyProduct
 from pyrobc.dists.interval import interval_log_mass
 from pyrobc.dists.log_normal_kl import kl_log_normal_gamma, kl_log_normal_inverse_gamma
+from pyrobc.dists.matrix_normal import MatrixNormal
 from pyrobc.dists.precision import in_double
 from pyrobc.dists.restricted import Restricted
 from pyrobc.dists.truncated_log_normal import TruncatedLogNormal
@@ -10,6 +11,7 @@ from pyrobc.dists.truncated_log_uniform import TruncatedLogUniform
 
 __all__ = [
     "HalfCauchyProduct",
+    "MatrixNormal",
     "Restricted",
     "TruncatedLogNormal",
     "TruncatedLogUniform",
