@@ -35,7 +35,7 @@ from torch import Tensor
 
 from pyrobc.bmr.registry import Reduction, register_reduction
 from pyrobc.dists import TruncatedLogNormal, TruncatedLogUniform
-from pyrobc.dists.truncation import log_peak_mass
+from pyrobc.dists.truncation import locate_peak, log_peak_mass
 from pyrobc.errors import ReductionError
 
 __all__ = ["reduce_from_log_normal", "reduce_to_log_normal", "reduce_to_log_uniform", "reduce_to_spike"]
@@ -64,11 +64,11 @@ def reduce_to_log_normal(q: TruncatedLogNormal, p: TruncatedLogUniform, reduced:
     gap = reduced.loc - q.loc
     scale = q.scale * reduced.scale / variance.sqrt()
     # The location of the product, seen from the peak of q and from the peak of the reduced prior.
-    peak_q, peak_r = _clamp(q.loc, low, high), _clamp(reduced.loc, low, high)
-    from_q = (q.loc - peak_q) + gap * (q.scale.square() / variance)
-    from_r = (reduced.loc - peak_r) - gap * (reduced.scale.square() / variance)
-    energy_q = _energy(from_q, q.loc - peak_q, low - peak_q, high - peak_q, q.scale)
-    energy_r = _energy(from_r, reduced.loc - peak_r, low - peak_r, high - peak_r, reduced.scale)
+    (peak_q, excess_q), (peak_r, excess_r) = locate_peak(q.loc, low, high), locate_peak(reduced.loc, low, high)
+    from_q = excess_q + gap * (q.scale.square() / variance)
+    from_r = excess_r - gap * (reduced.scale.square() / variance)
+    energy_q = _energy(from_q, excess_q, low - peak_q, high - peak_q, q.scale)
+    energy_r = _energy(from_r, excess_r, low - peak_r, high - peak_r, reduced.scale)
     is_nearer_q = q.scale < reduced.scale
     near_peak, near = torch.where(is_nearer_q, peak_q, peak_r), torch.where(is_nearer_q, from_q, from_r)
     mass = log_peak_mass((low - near_peak - near) / scale, (high - near_peak - near) / scale)
@@ -109,8 +109,8 @@ def reduce_from_log_normal(
     peak = _clamp(loc, low, high)
     delta_f = log_peak_mass((low - loc) / scale, (high - loc) / scale) + torch.log(scale)
     for law, sign in signed:
-        own = _clamp(law.loc, law.low, law.high)
-        step, excess = peak - own, law.loc - own
+        own, excess = locate_peak(law.loc, law.low, law.high)
+        step = peak - own
         energy = 0.5 * (step / law.scale) * ((step - 2.0 * excess) / law.scale)
         mass = log_peak_mass((law.low - law.loc) / law.scale, (law.high - law.loc) / law.scale) + torch.log(law.scale)
         delta_f = delta_f - sign * (energy + mass)

@@ -32,6 +32,7 @@ from torch.distributions.utils import broadcast_all
 from pyrobc.dists.truncated_log_uniform import TruncatedLogUniform
 from pyrobc.dists.truncation import (
     TruncatedMoments,
+    locate_peak,
     log_peak_mass,
     standard_quantile,
     truncated_moments,
@@ -103,9 +104,7 @@ class TruncatedLogNormal(TorchDistribution):
         return (self.low.double() - peak - moved) / scale, (self.high.double() - peak - moved) / scale
 
     def _peak(self) -> tuple[Tensor, Tensor]:
-        loc, low, high = self.loc.double(), self.low.double(), self.high.double()
-        excess = (loc - high).clamp(min=0.0) + (loc - low).clamp(max=0.0)
-        return torch.maximum(torch.minimum(loc, high), low), excess
+        return locate_peak(self.loc.double(), self.low.double(), self.high.double())
 
     def _moments(self, shift: Tensor | float = 0.0) -> TruncatedMoments:
         return truncated_moments(*self._bounds(shift))

@@ -38,9 +38,11 @@ from torch import Tensor
 
 __all__ = [
     "TruncatedMoments",
+    "locate_peak",
     "log_mass_between",
     "log_mills",
     "log_peak_mass",
+    "mills_moments",
     "standard_quantile",
     "truncated_moments",
 ]
@@ -54,6 +56,15 @@ _FRACTION_FROM = 5.0
 _FRACTION_DEPTH = 60
 # Below this width (times the slope) the midpoint series is exact to 1e-15, the difference of two Mills ratios is not.
 _NARROW = 0.03
+
+
+def locate_peak(loc: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Point of [low, high] nearest to ``loc``, and ``loc`` less that point; a location on an end counts as inside.
+
+    Gradients follow the same branch in both, which the two halves of a clamp would not where ``loc`` equals an end.
+    """
+    peak = torch.where(loc > high, high, torch.where(loc < low, low, loc))
+    return peak, loc - peak
 
 
 class TruncatedMoments(NamedTuple):
