@@ -13,7 +13,7 @@ A member's role says how it takes part:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Literal
@@ -95,6 +95,7 @@ class Layer:
 
     weight: str
     macs: int
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -157,19 +158,35 @@ class GroupSpec:
         """Weights whose columns read input features: their layers must select what is kept."""
         return {m.parameter for block in self.blocks if block.is_input for m in block.members}
 
+    def restricted(self, kept: Kept) -> GroupSpec:
+        """The groups that are left after a cut, in the numbering of the smaller network."""
+        indices = self.kept_indices(kept)
+        tensors = dict(self.tensors)
+        for (name, axis), index in indices.items():
+            tensors[name] = (*tensors[name][:axis], len(index), *tensors[name][axis + 1 :])
+            if name in self.selecting() and axis == 1 and len(index) < self.tensors[name][1]:
+                tensors[f"{name.removesuffix('weight')}index"] = (len(index),)
+        blocks = []
+        for block in self.blocks:
+            groups = np.asarray(kept[block.name])
+            members = []
+            for member in block.members:
+                sizes = np.diff(member.ptr)[groups]
+                ptr = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+                left = indices[member.parameter, member.axis]
+                members.append(replace(member, ptr=ptr, indices=np.searchsorted(left, member.owned_by(groups))))
+            blocks.append(Block(block.name, len(groups), tuple(members)))
+        parameters = {name: replace(info, shape=tensors[name]) for name, info in self.parameters.items()}
+        layers = []
+        for layer in self.layers:
+            full, small = self.tensors[layer.weight], tensors[layer.weight]
+            layers.append(replace(layer, macs=layer.macs * small[0] * small[1] // (full[0] * full[1])))
+        return GroupSpec(tuple(blocks), parameters, tuple(layers), self.left_alone, tensors)
+
     def forecast(self, kept: Kept) -> tuple[int, int]:
         """Parameters and MACs of the network after keeping ``kept``: exact, before anything is cut.
 
         Parameters are the trainable ones; MACs are per example, of linear and convolution layers.
         """
-        lengths = {key: len(index) for key, index in self.kept_indices(kept).items()}
-
-        def size(name: str, axis: int) -> int:
-            return lengths.get((name, axis), self.tensors[name][axis])
-
-        parameters = sum(prod(size(n, a) for a in range(len(p.shape))) for n, p in self.parameters.items())
-        macs = 0
-        for layer in self.layers:
-            full = self.tensors[layer.weight]
-            macs += layer.macs * size(layer.weight, 0) * size(layer.weight, 1) // (full[0] * full[1])
-        return parameters, macs
+        small = self.restricted(kept)
+        return sum(prod(p.shape) for p in small.parameters.values()), sum(layer.macs for layer in small.layers)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import pyro
@@ -50,8 +51,13 @@ class LiftedModel(PyroModule):
         self._template = (copy.deepcopy(net),)  # in a tuple: not a submodule, so not trained, moved or saved
         self.net = _replace_layers(copy.deepcopy(net), spec)
         self._layers = tuple((n, m) for n, m in self.net.named_modules() if isinstance(m, LiftedLayer))
-        paths = {path for path, _ in self._layers}
-        self._others = tuple(n for n in spec.parameters if n.rpartition(".")[0] not in paths)
+        self._names = {path: _parameter_names(net, path) for path, _ in self._layers}
+        used = [name for names in self._names.values() for name in names if name]
+        self._others = tuple(n for n in spec.parameters if n not in used)
+        repeated = {layer.weight.removesuffix("weight").removesuffix(".") for layer in spec.layers if layer.calls > 1}
+        self._shared = {n for path in repeated & self._names.keys() for n in self._names[path]} | {
+            n for n in used if used.count(n) > 1
+        }
         self.register_buffer("anchor", first_parameter(net).detach().new_zeros(()), persistent=False)
 
     @property
@@ -82,15 +88,19 @@ class LiftedModel(PyroModule):
 
     def run(self, effective: Effective, inputs: Any) -> Tensor:
         """The network's output for given gates and parameters; no sampling of sites."""
-        others = {name: effective.parameters[name] for name in self._others if name in effective.parameters}
+        parameters, variances = dict(effective.parameters), dict(effective.variances)
+        for name in self._shared & variances.keys():  # uses of one weight share its noise, which pre-activations do not
+            spread = variances.pop(name).sqrt()
+            parameters[name] = parameters[name] + spread * torch.randn_like(spread)
+        others = {name: parameters[name] for name in self._others if name in parameters}
         for path, layer in self._layers:
-            weight, bias = _tensor_names(path)
+            weight, bias = self._names[path]
             layer.law = LayerLaw(
                 effective.gates,
-                effective.parameters.get(weight),
-                effective.parameters.get(bias),
-                effective.variances.get(weight),
-                effective.variances.get(bias),
+                parameters.get(weight),
+                parameters.get(bias),
+                variances.get(weight),
+                variances.get(bias),
             )
         try:
             if not others:
@@ -102,6 +112,12 @@ class LiftedModel(PyroModule):
             for _, layer in self._layers:
                 layer.law = None
 
+    def complete(self, effective: Effective) -> Effective:
+        """``effective`` with the weights that are not trained, and so have no site."""
+        frozen = {self._names[path][0]: layer.frozen_weight for path, layer in self._layers}
+        known = {n: t for n, t in frozen.items() if t is not None} | dict(effective.parameters)
+        return replace(effective, parameters=known)
+
     def to_module(self, effective: Effective) -> nn.Module:
         """A plain copy of the network with these parameters, gates folded into the columns that read each group."""
         plain = copy.deepcopy(self.template).to(self.anchor)
@@ -111,20 +127,21 @@ class LiftedModel(PyroModule):
             for name, value in effective.parameters.items():
                 tensors[name].copy_(value)
             for name, buffer in plain.named_buffers():
-                buffer.copy_(buffers[name])
+                if name in buffers:  # a layer that selects its input keeps its own index
+                    buffer.copy_(buffers[name])
             for path, layer in self._layers:
                 if layer.blocks:
-                    weight = tensors[_tensor_names(path)[0]]
+                    weight = tensors[self._names[path][0]]
                     gate = layer.input_gate(effective.gates)
                     weight.mul_(gate.reshape(1, -1, *(1,) * (weight.dim() - 2)))
         return plain.eval()
 
     def restricted(self, kept: Kept) -> LiftedModel:
-        """The model of the network after a cut, with the groups of the smaller network traced anew."""
+        """The model of the network after a cut, with the groups that are left."""
         plain = self.to_module(Effective({b.name: self.anchor.new_ones(b.size) for b in self.spec.blocks}, {}))
         small = slice_groups(plain, self.spec, kept)
-        prune_inputs = any(block.is_input for block in self.spec.blocks)
-        model = lift(small, self.family, self.likelihood, self.example_inputs, prune_inputs=prune_inputs)
+        small.train(self.net.training)
+        model = LiftedModel(small, self.spec.restricted(kept), self.family, self.likelihood, self.example_inputs)
         model.num_data = self.num_data
         return model
 
@@ -165,18 +182,24 @@ def _replace_layers(net: nn.Module, spec: GroupSpec) -> nn.Module:
     """Swap every linear and convolution layer with a trainable tensor for a ``LiftedLayer``; freeze the rest."""
     for parameter in net.parameters():
         parameter.requires_grad_(False)
-    for path, layer in list(net.named_modules()):
-        if not isinstance(layer, LIFTABLE):
-            continue
-        names = _tensor_names(path)
-        consumed = [(b.name, m) for b in spec.blocks for m in b.consumers if m.parameter == names[0]]
-        lifted = LiftedLayer(layer, consumed, frozen=(names[0] not in spec.parameters, names[1] not in spec.parameters))
+    plain = {path: layer for path, layer in net.named_modules(remove_duplicate=False) if isinstance(layer, LIFTABLE)}
+    names = {path: _parameter_names(net, path) for path in plain}
+    lifted: dict[int, LiftedLayer] = {}
+    for path, layer in plain.items():
+        weight, bias = names[path]
+        consumed = [(b.name, m) for b in spec.blocks for m in b.consumers if m.parameter == weight]
+        if id(layer) not in lifted:  # a layer may have several paths
+            frozen = weight not in spec.parameters, bias not in spec.parameters
+            lifted[id(layer)] = LiftedLayer(layer, consumed, frozen)
         if not path:
-            return lifted
+            return lifted[id(layer)]
         parent, _, name = path.rpartition(".")
-        setattr(net.get_submodule(parent), name, lifted)
+        setattr(net.get_submodule(parent), name, lifted[id(layer)])
     return net
 
 
-def _tensor_names(path: str) -> tuple[str, str]:
-    return (f"{path}.weight", f"{path}.bias") if path else ("weight", "bias")
+def _parameter_names(net: nn.Module, path: str) -> tuple[str, str]:
+    """The names under which ``net`` lists the weight and the bias of a layer (tied ones: the first); '' for no bias."""
+    layer = net.get_submodule(path)
+    listed = {id(tensor): name for name, tensor in net.named_parameters()}
+    return listed.get(id(layer.weight), ""), listed.get(id(layer.bias), "")
