@@ -42,13 +42,15 @@ def trace_groups(net: nn.Module, example_inputs: Any, *, prune_inputs: bool = Tr
     for p in twin.parameters():
         if p.is_floating_point():
             p.requires_grad_(True)
+    _check_example(example_inputs)
+    _check_layers(net)
     calls, layers = _observe(twin, example_inputs)
     left_alone = _unsupported(net, calls)
     blocks = []
     for block, reason in _candidate_blocks(twin, example_inputs, prune_inputs):
-        reason = reason or next((left_alone[m.module] for m in block.members if m.module in left_alone), "")
+        reason = reason or next((_because(m.module, left_alone) for m in block.members if m.module in left_alone), "")
         if reason:
-            left_alone[block.name] = reason
+            left_alone.setdefault(block.name, reason)
         else:
             blocks.append(block)
     parameters, tensors = _describe(net)
@@ -63,6 +65,36 @@ def trace_groups(net: nn.Module, example_inputs: Any, *, prune_inputs: bool = Tr
             fix="add a hidden layer, or pass prune_inputs=True to prune input features",
         )
     return spec
+
+
+def _because(layer: str, left_alone: Mapping[str, str]) -> str:
+    return f"it is tied to {layer}, which is left alone: {left_alone[layer]}"
+
+
+def _check_example(example_inputs: Any) -> None:
+    got = ""
+    if not _tensors(example_inputs):
+        got = "no tensor" if example_inputs is not None else "None"
+    elif any(t.dim() == 0 or len(t) == 0 for t in _tensors(example_inputs)):
+        got = f"no examples ({describe_inputs(example_inputs)})"
+    if got:
+        raise GroupError(
+            "example_inputs",
+            got=got,
+            allowed="a tensor, a tuple or a dict of tensors, first axis the examples, at least one of them",
+            fix="pass a batch as the network would see it, for instance example_inputs=x[:1]",
+        )
+
+
+def _check_layers(net: nn.Module) -> None:
+    for name, module in net.named_modules():
+        if isinstance(module, LIFTABLE) and not isinstance(module.weight, nn.Parameter):
+            raise GroupError(
+                f"layer {name!r}",
+                got="a weight computed from other tensors (a parametrisation such as weight_norm)",
+                allowed="layers whose weight is a parameter",
+                fix="torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')",
+            )
 
 
 def _observe(net: nn.Module, example_inputs: Any) -> tuple[dict[str, int], tuple[Layer, ...]]:
@@ -94,7 +126,7 @@ def _observe(net: nn.Module, example_inputs: Any) -> tuple[dict[str, int], tuple
             handle.remove()
     batch = first_tensor(example_inputs).shape[0]
     prefix = {name: f"{name}." if name else "" for name in macs}
-    return calls, tuple(Layer(f"{prefix[name]}weight", total // batch) for name, total in macs.items())
+    return calls, tuple(Layer(f"{prefix[name]}weight", total // batch, calls[name]) for name, total in macs.items())
 
 
 def _unsupported(net: nn.Module, calls: Mapping[str, int]) -> dict[str, str]:
@@ -146,9 +178,10 @@ def _input_blocks(graph: Any, names: Mapping[nn.Module, str]) -> Iterable[tuple[
     roots = [
         m for m, node in graph.module2node.items() if isinstance(m, nn.Linear) and m in names and not has_upstream(node)
     ]
+    is_plain = len(roots) == 1 and "input" not in names.values()
     for module in roots:
         size = module.in_features
-        name = "input" if len(roots) == 1 else f"input:{names[module]}"
+        name = "input" if is_plain else f"input:{names[module]}"
         member = _member(_join(names[module], "weight"), 1, "consume", np.arange(size), np.arange(size), size)
         yield Block(name, size, (member,)), ""
 
@@ -221,20 +254,35 @@ def _drop_inexact(net: nn.Module, spec: GroupSpec, example_inputs: Any) -> Group
 
 def _difference(net: nn.Module, spec: GroupSpec, blocks: list[str], example_inputs: Any) -> str:
     rng = np.random.default_rng(0)
+    inputs = _vary(example_inputs, rng)
     kept = spec.everything()
     for name in blocks:
         size = spec.block(name).size
         kept[name] = np.sort(rng.permutation(size)[: max(1, size // 2)])
     try:
         with torch.no_grad():
-            masked = first_tensor(call_network(mask_groups(net, spec, kept).eval(), example_inputs))
-            cut = first_tensor(call_network(slice_groups(net, spec, kept).eval(), example_inputs))
+            masked = _tensors(call_network(mask_groups(net, spec, kept).eval(), inputs))
+            cut = _tensors(call_network(slice_groups(net, spec, kept).eval(), inputs))
     except Exception as error:
         return f"the network fails once it is cut ({type(error).__name__}: {error})"
-    if masked.shape != cut.shape:
-        return f"cutting it changes the output's shape from {tuple(masked.shape)} to {tuple(cut.shape)}"
-    gap = float((masked - cut).abs().max())
-    return "" if gap <= _TOLERANCE * (1 + float(masked.abs().max())) else f"cutting it changes the output by {gap:.2g}"
+    for a, b in zip(masked, cut, strict=True):
+        if a.shape != b.shape:
+            return f"cutting it changes an output's shape from {tuple(a.shape)} to {tuple(b.shape)}"
+        gap = float((a - b).abs().max()) if a.is_floating_point() else float((a != b).any())
+        if not gap <= _TOLERANCE * (1 + float(a.abs().max())):
+            return f"cutting it changes an output by {gap:.2g}"
+    return ""
+
+
+def _vary(inputs: Any, rng: np.random.Generator) -> Any:
+    """Constant reals, such as ``torch.zeros``, would hide what a cut does: put noise in their place."""
+    if isinstance(inputs, Tensor):
+        if not inputs.is_floating_point() or bool((inputs != inputs.flatten()[0]).any()):
+            return inputs
+        return torch.as_tensor(rng.standard_normal(inputs.shape)).to(inputs)
+    if isinstance(inputs, Mapping):
+        return {key: _vary(value, rng) for key, value in inputs.items()}
+    return tuple(_vary(value, rng) for value in inputs)
 
 
 def _is_depthwise(module: nn.Module) -> bool:
@@ -247,10 +295,19 @@ def _join(path: str, attribute: str) -> str:
 
 def first_tensor(value: Any) -> Tensor:
     """The first tensor of a tensor, tuple, dict or model-output object."""
+    return _tensors(value)[0]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Every tensor of a tensor, tuple, dict or model-output object."""
     if isinstance(value, Tensor):
-        return value
+        return [value]
     items = value.values() if isinstance(value, Mapping) else value
-    return first_tensor(next(iter(items)))
+    return (
+        [t for item in items for t in _tensors(item)]
+        if isinstance(items, Iterable) and not isinstance(items, str)
+        else []
+    )
 
 
 def describe_inputs(inputs: Any) -> str:
@@ -258,4 +315,4 @@ def describe_inputs(inputs: Any) -> str:
     if isinstance(inputs, Tensor):
         return f"shape {tuple(inputs.shape)}"
     items = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
-    return ", ".join(f"{key}: {tuple(value.shape)}" for key, value in items)
+    return ", ".join(f"{key}: {[tuple(t.shape) for t in _tensors(value)]}" for key, value in items)
