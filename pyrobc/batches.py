@@ -1,17 +1,20 @@
-"""Minibatches: what is accepted as data, and its checks."""
+"""Minibatches: what is accepted as data, its checks, and its randomness."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import pyro
 import torch
 from torch import Tensor
 
 from pyrobc.dependency import describe_inputs, first_tensor
 from pyrobc.errors import DataError
 
-__all__ = ["TensorLoader", "as_loader", "check_batch", "count_rows", "move"]
+__all__ = ["TensorLoader", "as_loader", "check_batch", "count_rows", "move", "repeatable", "seeded"]
 
 
 class TensorLoader:
@@ -103,3 +106,29 @@ def check_batch(inputs: Any, targets: Tensor, example_inputs: Any) -> None:
         raise DataError(
             "inputs", got="NaN or infinite values", allowed="finite numbers", fix="drop or impute those rows"
         )
+
+
+@contextmanager
+def seeded(*seeds: int) -> Iterator[None]:
+    """Torch's, numpy's and Python's random states set inside from these non-negative numbers, restored outside."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    state = pyro.util.get_rng_state()
+    with torch.random.fork_rng(devices=devices):
+        pyro.set_rng_seed(int(np.random.SeedSequence(seeds).generate_state(1)[0]))  # numpy takes 32 bits only
+        try:
+            yield
+        finally:
+            pyro.util.set_rng_state(state)
+
+
+@contextmanager
+def repeatable(loader: Any, *seeds: int) -> Iterator[None]:
+    """``seeded``, for the generators of ``loader`` and of its sampler too."""
+    samplers = getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    generators = [getattr(owner, "generator", None) for owner in (loader, *samplers)]
+    with seeded(*seeds):
+        seed = int(torch.randint(2**62, ()))
+        for generator in generators:
+            if generator is not None:
+                generator.manual_seed(seed)
+        yield

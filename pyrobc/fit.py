@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,24 +17,26 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyrobc.batches import as_loader, check_batch, count_rows, move
+from pyrobc._version import __version__
+from pyrobc.batches import as_loader, check_batch, count_rows, move, repeatable
 from pyrobc.checkpoint import read_checkpoint, write_checkpoint
-from pyrobc.errors import FitError
+from pyrobc.errors import FitError, suggest
 from pyrobc.lift import LiftedModel
 from pyrobc.meanfield import MeanFieldGuide
 from pyrobc.negligible import DEFAULT_EPSILON, negligible_thresholds
 from pyrobc.objective import Loss, fast_loss, split_laws, traced_loss
-from pyrobc.posterior import Posterior, evaluating, measure_input_rms, seeded
+from pyrobc.posterior import Posterior, evaluating, measure_input_rms
 
 __all__ = ["fit"]
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 ScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+_LOSSES = {"fast": fast_loss, "traced": traced_loss}
 
 
 @dataclass
 class _Run:
-    """Everything that changes while training, and so everything a checkpoint holds."""
+    """Everything that changes while training; a checkpoint holds all of it but ``has_checked_data``."""
 
     model: LiftedModel
     guide: MeanFieldGuide
@@ -44,6 +45,7 @@ class _Run:
     epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
+    has_checked_data: bool = False
 
     def state(self) -> dict[str, Any]:
         return {
@@ -126,37 +128,45 @@ def fit(
     Raises:
         DataError, FitError, CheckpointError, OutputError: see the message.
     """
-    _check_settings(epochs, temperature, patience, validation)
+    _check_settings(epochs, seed, temperature, patience, validation, path)
     model = model.to(device=device, dtype=dtype)
     guide = (guide or model.new_guide()).to(model.anchor)
     loader = as_loader(data, batch_size=batch_size)
     held_out = None if validation is None else as_loader(validation, batch_size=1024, shuffle=False)
-    num_data = count_rows(loader)
+    with repeatable(loader, seed):
+        num_data = count_rows(loader)
     groups = guide.parameter_groups(lr)
     chosen = optimizer(groups) if optimizer else torch.optim.Adam(groups, lr=lr, fused=True)
     run = _Run(model, guide, chosen, schedule(chosen) if schedule else None)
     identity = {
-        "version": version("pyrobc"),
+        "version": __version__,
         "network": {n: list(s) for n, s in model.spec.tensors.items()},
         "family": repr(model.family),
         "likelihood": model.likelihood.name,
         "dtype": str(model.anchor.dtype),
-        "settings": [seed, lr, temperature, warmup_epochs, clip_norm, path, num_data],
+        "seed": seed,
+        "optimizer": [type(chosen).__name__, lr],
+        "schedule": type(run.schedule).__name__,
+        "temperature": [temperature, warmup_epochs],
+        "clip_norm": clip_norm,
+        "path": path,
+        "rows": [num_data, getattr(loader, "batch_size", None)],
     }
     target = Path(checkpoint) if checkpoint else None
     if target is not None and target.exists():
         run.load(read_checkpoint(target, identity))
-    make_loss = {"fast": fast_loss, "traced": traced_loss}[path]
-    loss = make_loss(model, guide, num_data)
+    loss = _LOSSES[path](model, guide, num_data)
     bar = tqdm(total=epochs, initial=run.epoch, desc=f"fit {model.family.name}", disable=not progress, unit="epoch")
     with pyro.get_param_store().scope(), bar:
         while run.epoch < epochs and not _is_stale(run, patience):
             weight = temperature * min(1.0, (run.epoch + 1) / (warmup_epochs + 1))
             numbers = _train_epoch(run, loss, loader, weight, clip_norm, seed)
             if held_out is not None:
-                numbers["validation_loss"] = _validate(run, held_out)
+                with repeatable(held_out, seed, run.epoch):
+                    numbers["validation_loss"] = _validate(run, held_out)
                 if weight == temperature:  # before the warm-up ends losses are not comparable
                     run.note_best(numbers["validation_loss"])
+            _step_schedule(run.schedule, numbers)
             run.history.append(numbers)
             if target is not None:
                 write_checkpoint(target, identity, run.state())
@@ -173,7 +183,7 @@ def fit(
     if patience is not None and run.best:
         run.restore_best()
     posterior = Posterior(model, guide, num_data, seed, run.history)
-    with seeded(seed):
+    with repeatable(loader, seed):
         posterior.input_rms = measure_input_rms(model, posterior.mean(), loader)
     return posterior
 
@@ -181,13 +191,10 @@ def fit(
 def _train_epoch(
     run: _Run, loss: Loss, loader: Iterable[Any], temperature: float, clip_norm: float | None, seed: int
 ) -> dict[str, float]:
-    model, is_first = run.model, not run.history
+    model, is_first = run.model, not run.has_checked_data
     model.train()
     total, batches = 0.0, 0
-    with seeded(seed * 1_000_003 + run.epoch):
-        generator = getattr(loader, "generator", None)
-        if generator is not None:
-            generator.manual_seed(seed * 1_000_003 + run.epoch)
+    with repeatable(loader, seed, run.epoch):
         for batch in loader:
             inputs, targets = move(batch[0], model.anchor), move(batch[1], model.anchor)
             if is_first:
@@ -203,10 +210,11 @@ def _train_epoch(
             run.optimizer.step()
             run.guide.project_()
             batches += 1
-        if run.schedule is not None:
-            run.schedule.step()
     if batches == 0:
         count_rows([])
+    if not all(bool(torch.isfinite(p).all()) for p in run.guide.parameters()):
+        raise _diverged("parameters that are not finite", run.epoch, batches)
+    run.has_checked_data = True
     run.epoch += 1
     return {
         "epoch": float(run.epoch),
@@ -227,7 +235,7 @@ def _look(run: _Run, inputs: Any, targets: Tensor) -> dict[str, float]:
     """Error of the mean network on the last batch, and how many groups the posterior expects to matter."""
     model = run.model
     own, _ = split_laws(model, run.guide.distributions())
-    mean = model.family.mean(own, model.spec)
+    mean = model.complete(model.family.mean(own, model.spec))
     scales = model.family.scales(own, model.family.prior(model.spec, model.anchor), model.spec)
     rms = measure_input_rms(model, mean, [(inputs, targets)])
     thresholds = negligible_thresholds(model.spec, mean, rms, DEFAULT_EPSILON)
@@ -260,18 +268,35 @@ def _is_stale(run: _Run, patience: int | None) -> bool:
 def _finite(value: Tensor, epoch: int, batch: int) -> float:
     number = float(value.detach())
     if not math.isfinite(number):
-        raise FitError(
-            "training",
-            got=f"a loss of {number} at epoch {epoch + 1}, batch {batch + 1}",
-            allowed="finite losses",
-            fix="lower lr, set clip_norm=10, or add warmup_epochs",
-        )
+        raise _diverged(f"a loss of {number}", epoch, batch + 1)
     return number
 
 
-def _check_settings(epochs: int, temperature: float, patience: int | None, validation: Any) -> None:
+def _diverged(what: str, epoch: int, batch: int) -> FitError:
+    return FitError(
+        "training",
+        got=f"{what} at epoch {epoch + 1}, batch {batch}",
+        allowed="finite losses and parameters",
+        fix="lower lr, set clip_norm=10, or add warmup_epochs",
+    )
+
+
+def _step_schedule(schedule: torch.optim.lr_scheduler.LRScheduler | None, numbers: dict[str, float]) -> None:
+    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        schedule.step(numbers.get("validation_loss", -numbers["elbo"]))
+    elif schedule is not None:
+        schedule.step()
+
+
+def _check_settings(
+    epochs: int, seed: int, temperature: float, patience: int | None, validation: Any, path: str
+) -> None:
     if epochs < 1:
         raise FitError("epochs", got=str(epochs), allowed="1 or more", fix="pass epochs=60, for instance")
+    if seed < 0:
+        raise FitError("seed", got=str(seed), allowed="0 or more", fix="pass seed=0, for instance")
+    if path not in _LOSSES:
+        raise FitError("path", got=repr(path), allowed=", ".join(_LOSSES), fix=suggest(path, _LOSSES))
     if not temperature > 0:
         raise FitError(
             "temperature", got=str(temperature), allowed="a positive weight of the KL", fix="1.0 is the ELBO"

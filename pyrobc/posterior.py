@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyrobc.batches import move
+from pyrobc.batches import move, seeded
 from pyrobc.family import Effective, GroupScale
 from pyrobc.groups import Kept
 from pyrobc.lift import LiftedModel
@@ -21,7 +21,7 @@ from pyrobc.meanfield import MeanFieldGuide
 from pyrobc.negligible import negligible_thresholds
 from pyrobc.objective import split_laws
 
-__all__ = ["Posterior", "evaluating", "measure_input_rms", "seeded"]
+__all__ = ["Posterior", "evaluating", "measure_input_rms"]
 
 
 @dataclass
@@ -52,12 +52,12 @@ class Posterior:
         """Posterior mean of gates and parameters."""
         with torch.no_grad():
             own, _ = split_laws(self.model, self.laws())
-            return self.model.family.mean(own, self.model.spec)
+            return self.model.complete(self.model.family.mean(own, self.model.spec))
 
     def scales(self) -> dict[str, GroupScale]:
         """Posterior and prior law of every group's multiplier, in float64."""
         with torch.no_grad():
-            guide = copy.deepcopy(self.guide).double()
+            guide = copy.deepcopy(self.guide).double().requires_grad_(False)
             priors = self.model.family.prior(self.model.spec, self.model.anchor.double())
             own, _ = split_laws(self.model, guide.distributions())
             return self.model.family.scales(own, priors, self.model.spec)
@@ -86,8 +86,8 @@ class Posterior:
             b.name: effective.gates[b.name] * _kept_mask(kept[b.name], effective.gates[b.name]) for b in spec.blocks
         }
         with evaluating(self.model):
-            outputs = self.model.run(replace(effective, gates=gates), inputs)
-        return self.model.likelihood.distribution(outputs, values).log_prob(targets)
+            outputs = self.model.run(replace(effective, gates=gates), move(inputs, self.model.anchor))
+        return self.model.likelihood.distribution(outputs, values).log_prob(move(targets, self.model.anchor))
 
     def restricted(self, kept: Kept) -> Posterior:
         """The posterior of the smaller network, with removed groups' factors sliced away, ready to be re-adapted."""
@@ -121,9 +121,9 @@ def measure_input_rms(model: LiftedModel, mean: Effective, loader: Any, max_rows
     handles = [m.register_forward_pre_hook(hook(p)) for p, m in model.net.named_modules() if isinstance(m, LiftedLayer)]
     try:
         with evaluating(model):
-            for inputs, targets in loader:
-                model.run(mean, move(inputs, model.anchor))
-                rows += len(targets)
+            for batch in loader:
+                model.run(mean, move(batch[0], model.anchor))
+                rows += len(batch[1])
                 if rows >= max_rows:
                     break
     finally:
@@ -141,21 +141,6 @@ def evaluating(model: LiftedModel) -> Iterator[None]:
         yield
     finally:
         model.net.train(was_training)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Torch's, numpy's and Python's random states set inside, restored outside."""
-    import pyro
-
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    state = pyro.util.get_rng_state()
-    with torch.random.fork_rng(devices=devices):
-        pyro.set_rng_seed(seed)
-        try:
-            yield
-        finally:
-            pyro.util.set_rng_state(state)
 
 
 def _kept_mask(kept: Any, like: Tensor) -> Tensor:
