@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,18 @@ from pyrobc.errors import CheckpointError, OutputError
 __all__ = ["fingerprint", "read_checkpoint", "write_atomically", "write_checkpoint"]
 
 _FORMAT = 1
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    ValueError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -68,10 +82,13 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     """
     fix = "delete it, or pass another checkpoint path"
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the check sums
+            if archive.testzip() is not None:
+                raise ValueError("check sums differ")
         payload = torch.load(path, map_location="cpu", weights_only=True)
         saved, state = payload["identity"], payload["state"]
         version = payload["format"]
-    except (OSError, RuntimeError, KeyError, TypeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(
             f"checkpoint {path}",
             got=f"an unreadable file ({type(error).__name__})",
@@ -81,14 +98,16 @@ def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     if version != _FORMAT:
         raise CheckpointError(f"checkpoint {path}", got=f"format {version}", allowed=f"format {_FORMAT}", fix=fix)
     for key, value in identity.items():
-        here = json.dumps(value, default=str)
-        if saved.get(key) != here:
-            raise CheckpointError(
-                f"checkpoint {path}: {key}", got=_shorten(saved.get(key)), allowed=_shorten(here), fix=fix
-            )
+        here = json.loads(json.dumps(value, default=str))
+        there = json.loads(saved.get(key, "null"))
+        if there != here:
+            if isinstance(here, dict) and isinstance(there, dict):  # say what differs, not all there is
+                differing = [k for k in here.keys() | there.keys() if here.get(k) != there.get(k)]
+                there, here = ({k: d[k] for k in sorted(differing) if k in d} for d in (there, here))
+            raise CheckpointError(f"checkpoint {path}: {key}", got=_shorten(there), allowed=_shorten(here), fix=fix)
     return dict(state)
 
 
-def _shorten(text: str | None) -> str:
-    text = str(text)
+def _shorten(value: Any) -> str:
+    text = json.dumps(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
