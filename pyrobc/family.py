@@ -214,6 +214,13 @@ def make_family(family: Family | str, **settings: Any) -> Family:
         FamilyError: unknown name (the nearest is suggested) or settings that the family does not take.
     """
     if isinstance(family, Family):
+        if settings:
+            raise FamilyError(
+                f"settings of family {family!r}",
+                got=", ".join(settings),
+                allowed="settings together with a name; an instance has its own",
+                fix=f"pass family={family.name!r}, or build the instance with these settings",
+            )
         return family
     known = families()
     if family not in known:
