@@ -5,3 +5,8 @@ if __name__ != "pyrobc.models":
         f"models/: got `import {__name__}`; allowed: `import pyrobc.models`, so that each module is loaded once; "
         "fix: write pyrobc.models"
     )
+
+from pyrobc.models.lenet import lenet_5, lenet_5_caffe
+from pyrobc.models.mlp import lenet_300_100
+
+__all__ = ["lenet_300_100", "lenet_5", "lenet_5_caffe"]

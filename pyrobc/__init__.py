@@ -1,0 +1,91 @@
+"""Bayesian compression of neural networks in Pyro, driven by Bayesian model reduction.
+
+    import pyrobc as bc
+
+    result = bc.compress(net, (x, y), test=(x_test, y_test))
+    bc.save(result.net, result.plan, "run/")
+
+Everything is imported on first use, so ``import pyrobc`` is quick.  Several public functions share their name with the
+module that holds them (``lift``, ``fit``, ``evidence``, ``decide``, ``compress``); the attribute is the function,
+whatever was imported first, and ``from pyrobc.lift import ...`` reaches the module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from pyrobc._version import __version__
+
+if TYPE_CHECKING:
+    from pyrobc import bmr as bmr
+    from pyrobc import dists as dists
+    from pyrobc import families as families
+    from pyrobc import models as models
+    from pyrobc.compare import compare as compare
+    from pyrobc.compress import Result as Result
+    from pyrobc.compress import compress as compress
+    from pyrobc.decide import decide as decide
+    from pyrobc.evidence import Evidence as Evidence
+    from pyrobc.evidence import evidence as evidence
+    from pyrobc.export import load as load
+    from pyrobc.export import save as save
+    from pyrobc.family import Family as Family
+    from pyrobc.fit import fit as fit
+    from pyrobc.lift import lift as lift
+    from pyrobc.likelihoods import Bernoulli as Bernoulli
+    from pyrobc.likelihoods import Categorical as Categorical
+    from pyrobc.likelihoods import Normal as Normal
+    from pyrobc.plan import Plan as Plan
+    from pyrobc.plan import read_plan as read_plan
+    from pyrobc.posterior import Posterior as Posterior
+    from pyrobc.report import write_report as write_report
+    from pyrobc.scores import Score as Score
+    from pyrobc.scores import score as score
+    from pyrobc.surgery import apply as apply
+
+_PUBLIC = {
+    "Bernoulli": "likelihoods", "Categorical": "likelihoods", "Evidence": "evidence", "Family": "family",
+    "Normal": "likelihoods", "Plan": "plan", "Posterior": "posterior", "Result": "compress", "Score": "scores",
+    "apply": "surgery", "compare": "compare", "compress": "compress", "decide": "decide", "evidence": "evidence",
+    "fit": "fit", "lift": "lift", "load": "export", "read_plan": "plan", "save": "export", "score": "scores",
+    "write_report": "report",
+}  # fmt: skip
+_PACKAGES = ("bmr", "dists", "families", "models")
+
+__all__ = ["__version__", *_PUBLIC, *_PACKAGES]  # noqa: PLE0604  (checked by a test)
+
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file() and not Path(__file__).with_name("models").is_dir():
+    __path__.append(str(_root))  # a checkout that lost its links: models and guides lie beside this package
+
+
+class _Facade(ModuleType):
+    """Keeps a public function under its name when the module of the same name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(f"pyrobc.{_PUBLIC[name]}"), name)
+    elif name in _PACKAGES:
+        value = importlib.import_module(f"pyrobc.{name}")
+    else:
+        from pyrobc.errors import suggest
+
+        raise AttributeError(f"pyrobc has no attribute {name!r}; {suggest(name, __all__)}")
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+sys.modules[__name__].__class__ = _Facade

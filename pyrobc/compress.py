@@ -1,0 +1,188 @@
+"""The façade: lift, fit, score, check, decide, cut, re-adapt, and measure, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from pyrobc.batches import as_loader, check_batch, move
+from pyrobc.compare import compare
+from pyrobc.decide import decide
+from pyrobc.evidence import Evidence, evidence
+from pyrobc.family import Family, make_family
+from pyrobc.fit import fit
+from pyrobc.lift import lift
+from pyrobc.likelihoods import Likelihood
+from pyrobc.negligible import DEFAULT_EPSILON
+from pyrobc.plan import Plan
+from pyrobc.posterior import Posterior
+from pyrobc.scores import PriorOdds, Score, score
+from pyrobc.surgery import apply
+
+__all__ = ["Result", "compress"]
+
+
+@dataclass
+class Result:
+    """What ``compress`` returns.
+
+    Attributes:
+        net: the compact network, an ordinary module.
+        plan: what was removed, and why; belongs to the network that was given.
+        posterior: the posterior of the compact network.
+        score: scores of the first round, over all groups.
+        evidence: nested candidates of the first round.
+        history: numbers of every epoch, re-adaptation included.
+        dense: the network it is compared with.
+        table: measured rows, dense and compact.
+        example_inputs: a batch of one.
+    """
+
+    net: nn.Module
+    plan: Plan
+    posterior: Posterior
+    score: Score
+    evidence: Evidence
+    history: list[dict[str, float]]
+    example_inputs: Any
+    dense: nn.Module
+    table: list[dict[str, Any]] = field(default_factory=list)
+
+
+def compress(
+    net: nn.Module,
+    data: Any,
+    *,
+    family: Family | str = "log_uniform",
+    family_args: Mapping[str, Any] | None = None,
+    likelihood: Likelihood | str = "categorical",
+    example_inputs: Any = None,
+    validation: Any = None,
+    test: Any = None,
+    dense: nn.Module | None = None,
+    epochs: int = 60,
+    readapt_epochs: int | None = None,
+    rounds: int = 1,
+    lr: float = 3e-3,
+    batch_size: int = 128,
+    seed: int = 0,
+    temperature: float = 1.0,
+    warmup_epochs: int = 0,
+    clip_norm: float | None = None,
+    patience: int | None = None,
+    reduction: str | None = None,
+    epsilon: float = DEFAULT_EPSILON,
+    prior_odds: PriorOdds = "implied",
+    max_worse: float = 2.0,
+    budget: int | None = None,
+    num_draws: int = 200,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> Result:
+    """Compress ``net``: fit it with a sparsity prior, remove what the posterior can do without, re-adapt, repeat.
+
+    Args:
+        net: the network, trained or not; it is not changed.
+        data: training data, a loader or a pair of arrays; decisions use its rows (never ``test``).
+        family: sparsity method, an instance or a name.
+        family_args: its settings, with a name.
+        likelihood: ``categorical``, ``normal`` or ``bernoulli``.
+        example_inputs: a batch as the network sees it; the first row of ``data`` if None.
+        validation: held-out data for early stopping with ``patience``.
+        test: rows for the table, read once at the end.
+        dense: the network to compare with in the table; ``net`` itself if None.
+        epochs: epochs of the first fit.
+        readapt_epochs: epochs after each cut; a quarter of ``epochs`` if None, 0 for none.
+        rounds: cuts at most, each on the re-adapted network; it stops early when nothing more leaves.
+        lr: learning rate of Adam, annealed to zero over each fit (cosine).
+        batch_size: for arrays.
+        seed: of all randomness.
+        temperature: weight of the KL; 1 is the ELBO.
+        warmup_epochs: epochs of growing KL weight.
+        clip_norm: largest gradient norm.
+        patience: epochs without a better validation loss before stopping.
+        reduction: reduced prior; the family's default if None.
+        epsilon: largest negligible share of a layer's input.
+        prior_odds: ``implied``, ``learned`` or a probability.
+        max_worse: standard errors by which the reduced ELPD may fall short.
+        budget: largest number of parameters.
+        num_draws: posterior draws for the evidence.
+        device: where to compute.
+        dtype: floating-point type.
+        output: directory for checkpoints; an interrupted call resumes from it.
+        progress: show progress bars.
+    """
+    chosen = make_family(family, **dict(family_args or {}))
+    loader = as_loader(data, batch_size=batch_size)
+    first_inputs, first_targets = next(iter(as_loader(data, batch_size=batch_size, shuffle=False)))[:2]
+    example = _first_row(first_inputs) if example_inputs is None else example_inputs
+    check_batch(first_inputs, first_targets, example)
+    model = lift(net, chosen, likelihood, example)
+    settings: dict[str, Any] = {
+        "seed": seed, "lr": lr, "temperature": temperature, "clip_norm": clip_norm, "device": device,
+        "dtype": dtype, "progress": progress, "validation": validation, "patience": patience,
+    }  # fmt: skip
+    posterior = fit(
+        model,
+        loader,
+        epochs=epochs,
+        schedule=_anneal(epochs),
+        warmup_epochs=warmup_epochs,
+        checkpoint=_checkpoint(output, 0),
+        **settings,
+    )
+    readapt = epochs // 4 if readapt_epochs is None else readapt_epochs
+    history = list(posterior.history)
+    steps: list[tuple[Score, Evidence]] = []
+    plan: Plan | None = None
+    compact = posterior.to_module()
+    for cut in range(1, max(rounds, 1) + 1):
+        scored = score(posterior, reduction, epsilon=epsilon, seed=seed)
+        checked = evidence(posterior, scored, loader, num_draws=num_draws, seed=seed)
+        step = decide(scored, checked, prior_odds=prior_odds, max_worse=max_worse, budget=budget)
+        steps.append((scored, checked))
+        plan = step if plan is None else plan.then(step)
+        compact = apply(step, posterior, example_inputs=move(example, posterior.model.anchor))
+        if step.parameters[0] == step.parameters[1]:
+            break
+        posterior = posterior.restricted({name: np.asarray(groups) for name, groups in step.kept().items()})
+        if readapt:
+            posterior = fit(
+                posterior.model,
+                loader,
+                epochs=readapt,
+                schedule=_anneal(readapt),
+                guide=posterior.guide,
+                checkpoint=_checkpoint(output, cut),
+                **settings,
+            )
+            history += posterior.history
+            compact = posterior.to_module()
+    result = Result(compact, cast(Plan, plan), posterior, *steps[0], history, example, dense=dense or net)
+    if test is not None:
+        result.table = compare({"dense": result.dense, "compact": compact}, test, likelihood)
+    return result
+
+
+def _anneal(epochs: int) -> Any:
+    return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+
+
+def _checkpoint(output: str | Path | None, number: int) -> Path | None:
+    return None if output is None else Path(output) / "checkpoints" / f"fit_{number}.pt"
+
+
+def _first_row(inputs: Any) -> Any:
+    if isinstance(inputs, torch.Tensor):
+        return inputs[:1]
+    if isinstance(inputs, Mapping):
+        return {key: value[:1] for key, value in inputs.items()}
+    return tuple(value[:1] for value in inputs)

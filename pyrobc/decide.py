@@ -1,0 +1,227 @@
+r"""From scores and evidence to a plan: prune, keep, or abstain, each with its reason.
+
+A group is pruned if its posterior log odds of being negligible exceed ``z`` Monte Carlo standard errors.  It is left
+undecided (and so kept) where the score is undefined or infinite, or where zero lies within those errors.  If held-in
+evidence is given, the cut steps back along the nested path until the reduced network's ELPD is not worse than the full
+one's by more than ``max_worse`` standard errors of the latter (the rule of Breiman et al. 1984 for choosing the simplest
+model that is as good as can be told).  The paired difference and its own, smaller, error are reported too: on rows that
+were trained on, a difference can be many of *its* standard errors and still be 0.004 nats a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyrobc.errors import BudgetError, PlanError
+from pyrobc.groups import GroupSpec, Ints
+from pyrobc.plan import BlockPlan, Plan, SlicePlan
+from pyrobc.scores import PriorOdds, Score
+
+__all__ = ["decide"]
+
+Outcomes = dict[str, list[tuple[str, str]]]
+
+
+class NestedEvidence(Protocol):
+    """What a decision reads of the evidence."""
+
+    candidates: Any
+    order: Any
+    method: str
+    posterior_khat: float
+    good_k: float
+
+
+def decide(
+    score: Score,
+    evidence: NestedEvidence | None = None,
+    *,
+    prior_odds: PriorOdds = "implied",
+    z: float = 2.0,
+    max_worse: float = 2.0,
+    budget: int | None = None,
+    empty_block: Literal["keep_best", "raise"] = "keep_best",
+) -> Plan:
+    """Choose what to prune.
+
+    Args:
+        score: log Bayes factors.
+        evidence: nested candidates; without them the score alone decides, which the plan notes.
+        prior_odds: see ``Score.log_odds``.
+        z: Monte Carlo standard errors within which a group is left undecided.
+        max_worse: standard errors of the full network's ELPD by which the reduced one's may fall short.
+        budget: largest number of parameters; more groups leave in the order of their odds until it is met.
+        empty_block: whether a block that would lose every group keeps its best one, or raises.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+        PlanError: a block would be emptied and ``empty_block="raise"``.
+    """
+    log_odds = score.log_odds(prior_odds)
+    outcomes = _judge(score, log_odds, z)
+    notes: list[str] = []
+    checked: dict[str, Any] = {}
+    if evidence is None:
+        notes.append("no held-in evidence was given: the score alone decided")
+    else:
+        checked = _step_back(score, outcomes, evidence, max_worse, notes)
+    if budget is not None:
+        _meet_budget(score, log_odds, outcomes, budget, notes)
+    _refill(log_odds, outcomes, empty_block, notes)
+    rule = {
+        "reduction": score.label,
+        "epsilon": score.epsilon,
+        "prior_odds": prior_odds,
+        "z": z,
+        "max_worse": max_worse,
+        "budget": budget,
+    }
+    return _make_plan(score, log_odds, outcomes, rule, checked, notes)
+
+
+def _judge(score: Score, log_odds: Mapping[str, NDArray[np.float64]], z: float) -> Outcomes:
+    outcomes: Outcomes = {}
+    for block in score.spec.blocks:
+        rows = []
+        for odds, mcse in zip(log_odds[block.name], score.mcse[block.name], strict=True):
+            if np.isnan(odds) or odds == np.inf:
+                why = score.reasons.get(block.name, "") or f"log odds of {odds}"
+                rows.append(("abstain", f"undefined: {why}"))
+            elif abs(odds) <= z * mcse:
+                rows.append(("abstain", f"log odds {odds:.3g} within {z:g} x MCSE {mcse:.3g} of zero"))
+            elif odds > 0:
+                rows.append(("prune", f"log odds of being negligible {odds:.3g} > {z * mcse:.3g}"))
+            else:
+                rows.append(("keep", f"log odds of being negligible {odds:.3g} < 0"))
+        outcomes[block.name] = rows
+    return outcomes
+
+
+def _step_back(
+    score: Score, outcomes: Outcomes, evidence: NestedEvidence, max_worse: float, notes: list[str]
+) -> dict[str, Any]:
+    """Undo the least certain removals until the candidate is predictively no worse; return what was checked."""
+    wanted = sum(row[0] == "prune" for rows in outcomes.values() for row in rows)
+    allowed = [c for c in evidence.candidates if c.num_removed <= wanted]
+    full = min(evidence.candidates, key=lambda c: c.num_removed)
+    passing = [c for c in allowed if c.diff >= -max_worse * full.se]
+    chosen = max(passing, key=lambda c: c.num_removed)  # the full network always passes
+    largest = max(allowed, key=lambda c: c.num_removed)
+    if chosen.num_removed < largest.num_removed:
+        ranks = np.argsort(evidence.order)
+        starts = dict(zip(outcomes, np.cumsum([0, *map(len, outcomes.values())]), strict=False))
+        for name, rows in outcomes.items():
+            for i, (outcome, _) in enumerate(rows):
+                if outcome == "prune" and ranks[starts[name] + i] >= chosen.num_removed:
+                    rows[i] = (
+                        "abstain",
+                        f"kept back: removing {largest.num_removed} groups costs {-largest.diff:.3g} nats of ELPD, "
+                        f"more than {max_worse:g} x SE {full.se:.3g}",
+                    )
+        notes.append(f"stepped back from {largest.num_removed} to {chosen.num_removed} groups removed")
+    if evidence.posterior_khat > evidence.good_k:
+        notes.append(
+            f"the guide does not cover the posterior (k-hat {evidence.posterior_khat:.2f} > {evidence.good_k:.2f}): "
+            "ELPD is that of the guide, and paired differences are its comparison"
+        )
+    return {"method": evidence.method, "posterior_khat": float(evidence.posterior_khat), "checked": vars(chosen)}
+
+
+def _meet_budget(
+    score: Score, log_odds: Mapping[str, NDArray[np.float64]], outcomes: Outcomes, budget: int, notes: list[str]
+) -> None:
+    queue = sorted(
+        ((odds, name, i) for name, values in log_odds.items() for i, odds in enumerate(values) if np.isfinite(odds)),
+        reverse=True,
+    )
+    added = 0
+    for odds, name, i in queue:
+        if score.spec.forecast(_kept(outcomes))[0] <= budget:
+            break
+        remaining = sum(row[0] != "prune" for row in outcomes[name])
+        if outcomes[name][i][0] != "prune" and remaining > 1:
+            outcomes[name][i] = ("prune", f"to meet the budget of {budget} parameters (log odds {odds:.3g})")
+            added += 1
+    reached = score.spec.forecast(_kept(outcomes))[0]
+    if reached > budget:
+        raise BudgetError(
+            "budget",
+            got=f"{budget} parameters",
+            allowed=f"at least {reached}, with one group left in every block",
+            fix="raise the budget or lift a smaller network",
+        )
+    if added:
+        notes.append(f"{added} groups were pruned only to meet the budget")
+
+
+def _refill(
+    log_odds: Mapping[str, NDArray[np.float64]], outcomes: Outcomes, empty_block: str, notes: list[str]
+) -> None:
+    for name, rows in outcomes.items():
+        if any(outcome != "prune" for outcome, _ in rows):
+            continue
+        if empty_block == "raise":
+            raise PlanError(
+                f"block {name!r}",
+                got=f"all {len(rows)} groups pruned",
+                allowed="at least one group left",
+                fix="pass empty_block='keep_best', or check whether the fit learned anything",
+            )
+        best = int(np.argmin(log_odds[name]))
+        rows[best] = ("keep", "the best of a block that would otherwise be empty")
+        notes.append(f"every group of block {name!r} would have been pruned: its best one was kept")
+
+
+def _kept(outcomes: Outcomes) -> dict[str, Ints]:
+    return {name: np.flatnonzero([row[0] != "prune" for row in rows]) for name, rows in outcomes.items()}
+
+
+def _make_plan(
+    score: Score,
+    log_odds: Mapping[str, NDArray[np.float64]],
+    outcomes: Outcomes,
+    rule: Mapping[str, Any],
+    checked: Mapping[str, Any],
+    notes: list[str],
+) -> Plan:
+    spec, kept = score.spec, _kept(outcomes)
+    before, after = spec.forecast(spec.everything()), spec.forecast(kept)
+    blocks = tuple(
+        BlockPlan(
+            name=b.name,
+            size=b.size,
+            outcomes=tuple(row[0] for row in outcomes[b.name]),
+            reasons=tuple(row[1] for row in outcomes[b.name]),
+            delta_f=tuple(score.delta_f[b.name].tolist()),
+            mcse=tuple(score.mcse[b.name].tolist()),
+            log_odds=tuple(log_odds[b.name].tolist()),
+        )
+        for b in spec.blocks
+    )
+    return Plan(
+        network=dict(spec.tensors),
+        blocks=blocks,
+        slices=_make_slices(spec, kept),
+        parameters=(before[0], after[0]),
+        macs=(before[1], after[1]),
+        bits=dict.fromkeys(spec.tensors, 32),
+        rule=dict(rule),
+        evidence=dict(checked),
+        provenance=dict(score.provenance),
+        left_alone=dict(spec.left_alone),
+        notes=tuple(notes),
+    )
+
+
+def _make_slices(spec: GroupSpec, kept: dict[str, Ints]) -> tuple[SlicePlan, ...]:
+    selecting = spec.selecting()
+    roles = {(m.parameter, m.axis): m.role for block in spec.blocks for m in block.members}
+    slices = []
+    for (tensor, axis), index in spec.kept_indices(kept).items():
+        role = "select" if axis == 1 and tensor in selecting else roles[tensor, axis]
+        slices.append(SlicePlan(tensor, axis, role, tuple(index.tolist())))
+    return tuple(slices)

@@ -1,0 +1,257 @@
+"""The plan: what to keep, why, and where it came from.  Frozen, JSON, replayable, diffable; no torch modules, no Pyro.
+
+A plan is self-contained.  It names the kept indices of every tensor axis, so that applying it needs neither tracing nor
+the posterior, and the shapes of the network it belongs to, so that it refuses any other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pyrobc.errors import PlanError, suggest
+
+__all__ = ["BlockPlan", "Plan", "SlicePlan", "read_plan"]
+
+_FORMAT = 1
+OUTCOMES = ("keep", "prune", "abstain")
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Decisions on one block: per group an outcome, its reason, and the numbers behind it (nats)."""
+
+    name: str
+    size: int
+    outcomes: tuple[str, ...]
+    reasons: tuple[str, ...]
+    delta_f: tuple[float, ...]
+    mcse: tuple[float, ...]
+    log_odds: tuple[float, ...]
+
+    @property
+    def kept(self) -> list[int]:
+        """Groups that stay: kept or undecided."""
+        return [i for i, outcome in enumerate(self.outcomes) if outcome != "prune"]
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """Kept indices along one axis of one tensor; ``consume`` axes read groups, ``select`` ones read network inputs."""
+
+    tensor: str
+    axis: int
+    role: str
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``decide`` returns.
+
+    Attributes:
+        network: shape of every tensor of the network the plan belongs to.
+        blocks: decisions.
+        slices: what they mean for each tensor.
+        parameters: trainable parameters before and after.
+        macs: multiply-accumulates per example before and after.
+        bits: bits per stored number, by tensor.
+        rule: the decision rule and its settings.
+        evidence: held-in predictive checks that the decision used.
+        provenance: family, settings, seed, versions, references.
+        left_alone: layers without groups, and why.
+        notes: what a reader should know.
+    """
+
+    network: Mapping[str, tuple[int, ...]]
+    blocks: tuple[BlockPlan, ...]
+    slices: tuple[SlicePlan, ...]
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    bits: Mapping[str, int]
+    rule: Mapping[str, Any]
+    evidence: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    left_alone: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    format: int = field(default=_FORMAT)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Parameters before over parameters after."""
+        return self.parameters[0] / self.parameters[1]
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Groups before and after, by block."""
+        return {block.name: (block.size, len(block.kept)) for block in self.blocks}
+
+    @property
+    def num_abstained(self) -> int:
+        """Groups kept because no decision could be made."""
+        return sum(block.outcomes.count("abstain") for block in self.blocks)
+
+    def kept(self) -> dict[str, list[int]]:
+        """Kept groups by block."""
+        return {block.name: block.kept for block in self.blocks}
+
+    def explain(self, group: str) -> str:
+        """Why one group, named ``block[index]``, was kept, pruned or left undecided."""
+        labels = {f"{b.name}[{i}]": (b, i) for b in self.blocks for i in range(b.size)}
+        if group not in labels:
+            raise PlanError("group", got=repr(group), allowed="block[index]", fix=suggest(group, labels))
+        block, i = labels[group]
+        numbers = f"dF = {block.delta_f[i]:.4g} nats, log odds = {block.log_odds[i]:.4g}"
+        return f"{group}: {block.outcomes[i]}: {block.reasons[i]} ({numbers})"
+
+    def diff(self, other: Plan) -> list[str]:
+        """Where two plans for the same network differ, one line each."""
+        lines = []
+        for mine, theirs in zip(self.blocks, other.blocks, strict=True):
+            for i, (a, b) in enumerate(zip(mine.outcomes, theirs.outcomes, strict=True)):
+                if a != b:
+                    lines.append(f"{mine.name}[{i}]: {a} -> {b}")
+        settings = (self.rule, other.rule), (self.provenance, other.provenance)
+        for a, b in settings:
+            lines += [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+        return lines
+
+    def then(self, later: Plan) -> Plan:
+        """This plan followed by a plan for the network it leaves: one plan for the original network."""
+        after = {
+            name: tuple(
+                len(next((p.kept for p in self.slices if (p.tensor, p.axis) == (name, axis)), range(length)))
+                for axis, length in enumerate(shape)
+            )
+            for name, shape in self.network.items()
+        }
+        if after != dict(later.network):
+            raise PlanError(
+                "plan to follow",
+                got="a plan for another network",
+                allowed="a plan for the network that the first plan leaves",
+                fix="decide on the re-adapted posterior of the cut network",
+            )
+        blocks = tuple(_follow_block(a, b) for a, b in zip(self.blocks, later.blocks, strict=True))
+        kept = {(part.tensor, part.axis): part.kept for part in later.slices}
+        slices = tuple(
+            replace(part, kept=tuple(part.kept[i] for i in kept[part.tensor, part.axis])) for part in self.slices
+        )
+        return replace(
+            later,
+            network=self.network,
+            blocks=blocks,
+            slices=slices,
+            parameters=(self.parameters[0], later.parameters[1]),
+            macs=(self.macs[0], later.macs[1]),
+            notes=(*self.notes, *later.notes),
+        )
+
+    def to_json(self) -> str:
+        """Deterministic JSON text."""
+        return json.dumps(_encode(asdict(self)), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> Plan:
+        """Read back what ``to_json`` wrote.
+
+        Raises:
+            PlanError: not JSON, another format, or fields that are missing, unknown or inconsistent.
+        """
+        try:
+            data = _decode(json.loads(text))
+        except ValueError as error:
+            raise _refuse(source, f"text that is not JSON ({error})") from error
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            got = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise _refuse(source, f"format {got!r}")
+        try:
+            blocks = tuple(BlockPlan(**_tuples(block)) for block in data.pop("blocks"))
+            slices = tuple(SlicePlan(**_tuples(part)) for part in data.pop("slices"))
+            network = {name: tuple(shape) for name, shape in data.pop("network").items()}
+            plan = cls(blocks=blocks, slices=slices, network=network, **_tuples(data))
+            _check(plan, source)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise _refuse(source, f"wrong fields ({error})") from error
+        return plan
+
+
+def _follow_block(first: BlockPlan, later: BlockPlan) -> BlockPlan:
+    """Survivors of the first decision take the later one's outcome and numbers."""
+    columns = ("outcomes", "reasons", "delta_f", "mcse", "log_odds")
+    merged: dict[str, list[Any]] = {name: list(getattr(first, name)) for name in columns}
+    for position, group in enumerate(first.kept):
+        for name in columns:
+            merged[name][group] = getattr(later, name)[position]
+    return BlockPlan(first.name, first.size, **{name: tuple(values) for name, values in merged.items()})
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        PlanError: it cannot be read or is corrupted.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _refuse(str(path), f"{type(error).__name__}: {error}") from error
+    return Plan.from_json(text, str(path))
+
+
+def _check(plan: Plan, source: str) -> None:
+    for block in plan.blocks:
+        columns = (block.outcomes, block.reasons, block.delta_f, block.mcse, block.log_odds)
+        if any(len(column) != block.size for column in columns):
+            raise _refuse(source, f"block {block.name!r} with {block.size} groups but columns of other lengths")
+        if not set(block.outcomes) <= set(OUTCOMES):
+            raise _refuse(source, f"block {block.name!r} with outcomes {sorted(set(block.outcomes) - set(OUTCOMES))}")
+    for part in plan.slices:
+        shape = plan.network.get(part.tensor)
+        if shape is None or not 0 <= part.axis < len(shape):
+            raise _refuse(source, f"a slice of {part.tensor!r}, axis {part.axis}, which the network does not have")
+        kept = np.asarray(part.kept)
+        is_sorted = kept.size > 0 and kept.dtype.kind == "i" and bool((np.diff(kept) > 0).all())
+        if not is_sorted or kept[0] < 0 or kept[-1] >= shape[part.axis]:
+            raise _refuse(source, f"kept indices of {part.tensor!r} that are empty, not ascending or out of range")
+    if len(plan.parameters) != 2 or len(plan.macs) != 2 or plan.parameters[1] < 1:
+        raise _refuse(source, f"parameters {plan.parameters} and MACs {plan.macs}")
+
+
+def _refuse(source: str, got: str) -> PlanError:
+    return PlanError(
+        source, got=got, allowed=f"a plan of format {_FORMAT}, as written", fix="write it again with decide() or compress"
+    )
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+
+
+def _encode(value: Any) -> Any:
+    """JSON has no NaN and no infinities: they become ``{"float": "nan"}``."""
+    if isinstance(value, Mapping):
+        return {str(key): _encode(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(part) for part in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else {"float": repr(float(value))}
+    if isinstance(value, np.integer):
+        return int(value)
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {"float"} and value["float"] in ("nan", "inf", "-inf"):
+            return float(value["float"])
+        return {key: _decode(part) for key, part in value.items()}
+    return [_decode(part) for part in value] if isinstance(value, list) else value

@@ -1,0 +1,216 @@
+r"""One number per group, with its unit, its error and where it came from.
+
+The default score is the log Bayes factor of a reduced prior on the group's multiplier (``bmr.reduce``).  What a decision
+needs besides is kept with it: for a reduction to an event :math:`I` (a ROPE),
+
+.. math::
+    \Delta F = \ln Q(I) - \ln P(I), \qquad \Delta F_c = \ln\frac{1-Q(I)}{1-P(I)},
+    \qquad \text{implied prior log odds} = \ln\frac{P(I)}{1-P(I)},
+
+so that posterior log odds are :math:`L = \Delta F - \Delta F_c + \ln\frac{\pi}{1-\pi}`, which for the implied
+:math:`\pi = P(I)` is :math:`\ln\frac{Q(I)}{1-Q(I)}`.  A point reduction excludes nothing: :math:`\Delta F_c = 0`, and it
+implies no odds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import digamma, expit
+from torch import Tensor
+
+from pyrobc.bmr import reduce
+from pyrobc.dependency import first_tensor
+from pyrobc.dists import interval_log_mass
+from pyrobc.errors import ReductionError, suggest
+from pyrobc.family import GroupScale, ReducedPrior
+from pyrobc.groups import GroupSpec
+from pyrobc.negligible import DEFAULT_EPSILON
+from pyrobc.posterior import Posterior
+
+__all__ = ["Score", "score"]
+
+Floats = NDArray[np.float64]
+PriorOdds = Literal["implied", "learned"] | float
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log Bayes factors of all groups, by block, in nats; larger says prune.
+
+    Attributes:
+        label: the reduction.
+        delta_f: log evidence gained by the reduction; NaN where undefined.
+        complement: log evidence gained by excluding what the reduction keeps (zero for a point).
+        implied: prior log odds of the reduction under the full prior; NaN for a point.
+        mcse: Monte Carlo standard error of ``delta_f``.
+        threshold: multiplier below which the group is negligible.
+        mean_scale: posterior mean of the multiplier.
+        reasons: why entries are undefined, by block.
+        epsilon: largest share of the next layer's input that is negligible.
+        spec: the groups scored.
+        provenance: where the posterior came from, for plans.
+    """
+
+    label: str
+    delta_f: Mapping[str, Floats]
+    complement: Mapping[str, Floats]
+    implied: Mapping[str, Floats]
+    mcse: Mapping[str, Floats]
+    threshold: Mapping[str, Floats]
+    mean_scale: Mapping[str, Floats]
+    reasons: Mapping[str, str]
+    epsilon: float
+    spec: GroupSpec
+    provenance: Mapping[str, Any]
+    unit: str = "nats"
+    direction: str = "larger prunes"
+
+    def log_odds(self, prior_odds: PriorOdds = "implied") -> dict[str, Floats]:
+        """Posterior log odds that each group is negligible.
+
+        Args:
+            prior_odds: ``implied`` by the sparsity prior, ``learned`` per block (Beta-Bernoulli inclusion rate with a
+                uniform prior, Markovic, Friston and Kiebel 2024), or a fixed prior probability of the reduced model.
+        """
+        evidence = {b: self.delta_f[b] - self.complement[b] for b in self.delta_f}
+        if prior_odds == "implied":
+            if any(np.isnan(self.implied[b]).all() for b in evidence):
+                raise ReductionError(
+                    f"prior odds for the reduction {self.label!r}",
+                    got="'implied'",
+                    allowed="'learned' or a probability: a point has no prior mass under the full prior",
+                    fix="pass prior_odds='learned'",
+                )
+            return {b: value + self.implied[b] for b, value in evidence.items()}
+        if prior_odds == "learned":
+            return {b: value + _learn_log_odds(value) for b, value in evidence.items()}
+        if not 0 < float(prior_odds) < 1:
+            raise ReductionError(
+                "prior odds", got=repr(prior_odds), allowed="'implied', 'learned', or a probability", fix="pass 0.5"
+            )
+        return {b: value + np.log(prior_odds) - np.log1p(-prior_odds) for b, value in evidence.items()}
+
+    def to_frame(self) -> Any:
+        """A pandas table, one row per group."""
+        import pandas as pd
+
+        odds = self.log_odds() if not all(np.isnan(v).all() for v in self.implied.values()) else self.log_odds(0.5)
+        columns = {
+            "delta_f": self.delta_f,
+            "mcse": self.mcse,
+            "log_odds": odds,
+            "threshold": self.threshold,
+            "mean_scale": self.mean_scale,
+        }
+        data = {key: np.concatenate([value[b.name] for b in self.spec.blocks]) for key, value in columns.items()}
+        return pd.DataFrame(data, index=pd.Index(self.spec.labels(), name="group"))
+
+
+def score(
+    posterior: Posterior,
+    reduction: str | None = None,
+    *,
+    epsilon: float = DEFAULT_EPSILON,
+    num_draws: int = 1000,
+    seed: int = 0,
+) -> Score:
+    """Score every group's removal through a change of prior on its multiplier.
+
+    Args:
+        posterior: what ``fit`` returned.
+        reduction: label of one of the family's reduced priors; its default if None.
+        epsilon: largest share of the next layer's input that a negligible group may carry.
+        num_draws: draws where no closed form exists.
+        seed: their seed.
+    """
+    family, spec = posterior.model.family, posterior.model.spec
+    label = reduction or family.default_reduction
+    choices = family.reduced()
+    if label not in choices:
+        raise ReductionError(
+            f"reduction for family {family.name!r}",
+            got=repr(label),
+            allowed=", ".join(choices),
+            fix=suggest(label, choices),
+        )
+    generator = torch.Generator().manual_seed(seed)
+    thresholds = posterior.thresholds(epsilon)
+    columns: dict[str, dict[str, Floats]] = {k: {} for k in ("delta_f", "complement", "implied", "mcse")}
+    reasons: dict[str, str] = {}
+    scales = posterior.scales()
+    for block in spec.blocks:
+        scale, threshold = scales[block.name], thresholds[block.name].double()
+        reduced = choices[label].of(scale.prior, threshold)
+        result = reduce(scale.posterior, scale.prior, reduced, num_draws=num_draws, generator=generator)
+        complement, implied = _odds_parts(scale, choices[label], threshold)
+        values = (result.delta_f, complement, implied, result.mcse)
+        for key, value in zip(columns, values, strict=True):
+            columns[key][block.name] = _to_array(value, block.size)
+        reasons |= {block.name: result.reason} if result.reason else {}
+    return Score(
+        label=label,
+        **columns,
+        threshold={b: _to_array(t, len(t)) for b, t in thresholds.items()},
+        mean_scale={b: _to_array(s.posterior.mean, spec.block(b).size) for b, s in scales.items()},
+        reasons=reasons,
+        epsilon=epsilon,
+        spec=spec,
+        provenance=_provenance(posterior),
+    )
+
+
+def _odds_parts(scale: GroupScale, reduction: ReducedPrior, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Log evidence of the complement of the reduction's event, and the event's prior log odds."""
+    if reduction.event is None:
+        return torch.zeros_like(threshold), torch.full_like(threshold, torch.nan)
+    lower, upper = reduction.event(threshold)
+    log_p = interval_log_mass(scale.prior, lower, upper)
+    log_p_out, log_q_out = (_log_mass_outside(law, lower, upper) for law in (scale.prior, scale.posterior))
+    return log_q_out - log_p_out, log_p - log_p_out
+
+
+def _log_mass_outside(law: Any, lower: Tensor, upper: Tensor) -> Tensor:
+    above = interval_log_mass(law, upper, torch.full_like(upper, torch.inf))
+    if bool((lower <= 0).all()):
+        return above
+    return torch.logaddexp(interval_log_mass(law, torch.zeros_like(lower), lower), above)
+
+
+def _learn_log_odds(evidence: Floats) -> float:
+    """Expected log odds of the reduced model after a Beta-Bernoulli update, by fixed point; undefined entries skipped."""
+    known = evidence[np.isfinite(evidence)]
+    log_odds = 0.0
+    for _ in range(100):
+        pruned = expit(known + log_odds).sum()
+        new = float(digamma(1 + pruned) - digamma(1 + len(known) - pruned))
+        if abs(new - log_odds) < 1e-10:
+            break
+        log_odds = new
+    return log_odds
+
+
+def _to_array(value: Tensor, size: int) -> Floats:
+    return value.detach().double().cpu().expand(size).numpy().copy()
+
+
+def _provenance(posterior: Posterior) -> dict[str, Any]:
+    model = posterior.model
+    example = first_tensor(model.example_inputs)
+    return {
+        "family": model.family.name,
+        "settings": model.family.settings(),
+        "likelihood": model.likelihood.name,
+        "seed": posterior.seed,
+        "epochs": len(posterior.history),
+        "num_data": posterior.num_data,
+        "input_shape": list(example.shape[1:]),
+        "versions": {p: version(p) for p in ("pyrobc", "torch", "pyro-ppl", "numpy")},
+        "references": [r.bibtex() for r in model.family.references],
+    }

@@ -1,0 +1,104 @@
+"""Apply a plan: a physically smaller plain module, returned only if it computes what the masked network computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyrobc.errors import PlanError, SurgeryError
+from pyrobc.plan import Plan
+from pyrobc.slicing import call_network, slice_tensors
+
+__all__ = ["apply", "mask"]
+
+TOLERANCE = 1e-5
+"""Largest difference between masked and cut outputs, relative to the larger of one and the largest output."""
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """Anything that can give a plain network at its posterior mean."""
+
+    def to_module(self) -> nn.Module:
+        """The plain network."""
+        ...
+
+
+def apply(plan: Plan, target: nn.Module | Fitted, *, example_inputs: Any = None) -> nn.Module:
+    """Cut ``target`` by ``plan``.
+
+    Args:
+        plan: what to keep.
+        target: a fitted posterior (its mean network is cut) or a plain network of the plan's shapes.
+        example_inputs: inputs for the check; random ones of the planned shape if None.
+
+    Returns:
+        An ordinary module in evaluation mode; ``target`` is not changed.
+
+    Raises:
+        PlanError: the network is another one, or is already cut.
+        SurgeryError: masked and cut outputs differ.
+    """
+    net = target if isinstance(target, nn.Module) else target.to_module()
+    _check_network(plan, net)
+    indices = {(part.tensor, part.axis): np.asarray(part.kept) for part in plan.slices}
+    small = slice_tensors(net, indices, {part.tensor for part in plan.slices if part.role == "select"}).eval()
+    small.requires_grad_(True)
+    inputs = _probe(plan, net) if example_inputs is None else example_inputs
+    with torch.no_grad():
+        expected, got = (_first(call_network(n, inputs)) for n in (mask(plan, net).eval(), small))
+    gap = float((expected - got).abs().max())
+    if not gap <= TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise SurgeryError(
+            "cut network",
+            got=f"outputs that differ from the masked network's by {gap:.3g}",
+            allowed=f"a relative difference up to {TOLERANCE:g}",
+            fix="report the architecture; until then list the block in left_alone by lifting with another example",
+        )
+    return small
+
+
+def mask(plan: Plan, net: nn.Module) -> nn.Module:
+    """A copy of ``net`` of the same size with the columns that read pruned groups at zero."""
+    masked = copy.deepcopy(net)
+    tensors = dict(masked.named_parameters())
+    with torch.no_grad():
+        for part in plan.slices:
+            if part.role == "produce":
+                continue
+            tensor = tensors[part.tensor]
+            gone = np.setdiff1d(np.arange(tensor.shape[part.axis]), part.kept)
+            tensor.index_fill_(part.axis, torch.as_tensor(gone, device=tensor.device), 0.0)
+    return masked
+
+
+def _check_network(plan: Plan, net: nn.Module) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    if shapes == dict(plan.network):
+        return
+    differing = [n for n in sorted({*shapes, *plan.network}) if shapes.get(n) != plan.network.get(n)]
+    name = differing[0]
+    raise PlanError(
+        f"network for this plan: {name}",
+        got=f"shape {shapes.get(name)} ({len(differing)} tensors differ)",
+        allowed=f"shape {plan.network.get(name)}",
+        fix="apply the plan to the network it was made for, before any cut",
+    )
+
+
+def _probe(plan: Plan, net: nn.Module) -> Tensor:
+    shape = plan.provenance.get("input_shape")
+    like = next(iter(net.parameters()))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(4, *shape, generator=generator).to(like)  # type: ignore[misc]
+
+
+def _first(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return _first(next(iter(value.values() if isinstance(value, Mapping) else value)))
