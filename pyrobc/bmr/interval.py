@@ -52,5 +52,8 @@ def _is_same(p: Distribution, base: Distribution) -> bool:
         return False
     if isinstance(p, Independent) and isinstance(base, Independent):
         return _is_same(p.base_dist, base.base_dist)
+    if isinstance(p, Restricted) and isinstance(base, Restricted):
+        ends = torch.equal(p.lower, base.lower) and torch.equal(p.upper, base.upper)
+        return ends and _is_same(p.base, base.base)
     names = p.arg_constraints
     return bool(names) and all(torch.equal(getattr(p, name), getattr(base, name)) for name in names)

@@ -1,6 +1,6 @@
 r"""Pareto smoothing of importance weights, batched.
 
-The largest :math:`M = \lceil\min(S/5, 3\sqrt S)\rceil` of S weights are replaced by the quantiles of a generalised
+The largest :math:`M = \lfloor\min(S/5, 3\sqrt S)\rfloor` of S weights are replaced by the quantiles of a generalised
 Pareto law fitted to their excesses over the next smaller one.  Its shape, k-hat, says how heavy the tail is: the mean
 of the weights can be trusted below :math:`\min(1 - 1/\log_{10} S,\, 0.7)`.
 
@@ -59,7 +59,7 @@ def smooth_log_weights(log_weights: Tensor) -> tuple[Tensor, Tensor]:
         are all equal, +inf where too few draws have any weight to fit a tail.
     """
     num_draws = log_weights.shape[0]
-    num_tail = math.ceil(min(0.2 * num_draws, 3.0 * math.sqrt(num_draws)))
+    num_tail = math.floor(min(0.2 * num_draws, 3.0 * math.sqrt(num_draws)))
     if num_tail < 5:
         return log_weights, torch.full(log_weights.shape[1:], math.inf, dtype=log_weights.dtype)
     top = log_weights.amax(0)

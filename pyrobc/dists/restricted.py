@@ -46,7 +46,7 @@ class Restricted(TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         self.base = base
-        self.lower, self.upper = torch.as_tensor(lower), torch.as_tensor(upper)
+        self.lower, self.upper = _as_bound(lower), _as_bound(upper)
         event_dim = len(base.event_shape)
         bounds = torch.broadcast_shapes(self.lower.shape, self.upper.shape)
         bounds = bounds[: len(bounds) - event_dim] if event_dim else bounds
@@ -102,4 +102,18 @@ class Restricted(TorchDistribution):
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Draws, by inversion."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        return self.icdf(torch.rand(shape, dtype=self.lower.dtype, device=self.lower.device))
+        kind = self.base.sample(torch.Size([0]))
+        return self.icdf(torch.rand(shape, dtype=kind.dtype, device=kind.device)).to(kind.dtype)
+
+
+def _as_bound(bound: Tensor | float) -> Tensor:
+    """A number keeps its digits; as a tensor without dimensions it leaves the dtype of values alone."""
+    return bound if isinstance(bound, Tensor) else torch.tensor(bound, dtype=torch.float64)
+
+
+@interval_log_mass.register
+def _(dist: Restricted, lower: Tensor, upper: Tensor) -> Tensor:
+    low, up = (
+        torch.maximum(torch.minimum(end.double(), dist.upper.double()), dist.lower.double()) for end in (lower, upper)
+    )
+    return interval_log_mass(dist.base, low, up) - dist.log_normalizer
