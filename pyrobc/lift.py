@@ -102,12 +102,13 @@ class LiftedModel(PyroModule):
                 variances.get(weight),
                 variances.get(bias),
             )
+        net = cast(nn.Module, self._modules["net"])  # as an attribute, Pyro would enter its tensors as parameters
         try:
             if not others:
-                return first_tensor(call_network(self.net, inputs))
+                return first_tensor(call_network(net, inputs))
             args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
             kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-            return first_tensor(functional_call(self.net, others, args, kwargs))
+            return first_tensor(functional_call(net, others, args, kwargs))
         finally:
             for _, layer in self._layers:
                 layer.law = None
