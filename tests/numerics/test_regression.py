@@ -6,13 +6,16 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro import poutine
-from pyro.infer import Predictive
+from pyro.infer import Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoLaplaceApproximation
 
+from pyrobc.bmr import score
 from pyrobc.errors import DataError
 from pyrobc.models.regression import (
     ARDRegression,
@@ -150,3 +153,35 @@ def test_bad_data_is_refused(x: torch.Tensor, y: torch.Tensor, noise: float, mat
     prior = dist.MultivariateNormal(torch.zeros(2), torch.eye(2))
     with pytest.raises(DataError, match=match):
         fit_linear(x, y, prior, noise)
+
+
+@pytest.mark.parametrize("model", [LogisticRegression(), PoissonRegression()])
+def test_laplace_price_of_a_glm_is_near_the_quadrature(model: LogisticRegression | PoissonRegression) -> None:
+    """Deleting the one slope: ln p(y | slope 0) - ln p(y), both integrated on a grid; Laplace is 3 sd out in the tail."""
+    rng = np.random.default_rng(3)
+    x = torch.tensor(rng.normal(size=(60, 1)))
+    rate = np.exp(0.2 + 0.3 * x[:, 0].numpy())
+    is_count = isinstance(model, PoissonRegression)
+    y = torch.tensor(rng.poisson(rate) if is_count else rng.random(60) < rate / (1 + rate), dtype=x.dtype)
+    slope = np.linspace(-3, 3, 401)
+    intercept = np.linspace(-4, 4, 401)
+    predictor = intercept[:, None, None] + slope[None, :, None] * x[:, 0].numpy()
+    log_likelihood = (y.numpy() * predictor - (np.exp(predictor) if is_count else np.logaddexp(0, predictor))).sum(-1)
+    log_joint = log_likelihood + scipy.stats.norm(0, 5).logpdf(intercept)[:, None]
+    full = scipy.special.logsumexp(log_joint + scipy.stats.norm.logpdf(slope)) + math.log(slope[1] - slope[0])
+    truth = scipy.special.logsumexp(log_joint[:, 200]) - full
+
+    guide = AutoLaplaceApproximation(model)
+    guide(x, y)
+    optimiser = torch.optim.LBFGS(guide.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    elbo = Trace_ELBO()
+
+    def lose() -> torch.Tensor:
+        optimiser.zero_grad()
+        loss: torch.Tensor = elbo.differentiable_loss(model, guide, x, y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimiser.step(lose)
+    table = score(model, guide, reduced={"weights": dist.Delta(torch.tensor(0.0, dtype=x.dtype))}, args=(x, y))
+    assert table.delta_f.item() == pytest.approx(truth, abs=0.3)

@@ -1,0 +1,56 @@
+"""Write a benchmark's rows with all that is needed to read them: versions, machine, seeds, command, date."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def name_cpu() -> str:
+    """The processor's name, as the operating system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def write_result(name: str, rows: list[dict[str, Any]], *, seeds: list[int], notes: str) -> None:
+    """Write ``results/<name>.json`` and ``.md``; each row has what, value, target and whether it is met."""
+    record = {
+        "name": name,
+        "command": f"python -m benchmarks.{name}",
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "machine": {
+            "cpu": name_cpu(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "pyro-ppl", "numpy", "scipy", "scikit-learn")},
+        "seeds": seeds,
+        "notes": notes,
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    machine, versions = record["machine"], record["versions"]
+    lines = [f"# {name}", "", notes, "", "| what | value | target | met |", "|---|---|---|---|"]
+    lines += [f"| {row['what']} | {row['value']:.3g} {row['unit']} | {row['target']} | {row['met']} |" for row in rows]
+    lines += [
+        "",
+        f"`{record['command']}`, {record['date']}, seeds {seeds or 'none'};",
+        f"{machine['cpu']}, {machine['threads']} thread(s);",
+        ", ".join(f"{package} {number}" for package, number in versions.items()) + ".",
+    ]
+    text = "\n".join(lines) + "\n"
+    (RESULTS / f"{name}.md").write_text(text)
+    print(text)
