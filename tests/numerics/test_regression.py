@@ -157,7 +157,7 @@ def test_bad_data_is_refused(x: torch.Tensor, y: torch.Tensor, noise: float, mat
 
 @pytest.mark.parametrize("model", [LogisticRegression(), PoissonRegression()])
 def test_laplace_price_of_a_glm_is_near_the_quadrature(model: LogisticRegression | PoissonRegression) -> None:
-    """Deleting the one slope: ln p(y | slope 0) - ln p(y), both integrated on a grid; Laplace is 3 sd out in the tail."""
+    """Deleting the one slope: ln p(y | slope 0) - ln p(y), integrated on a grid; Laplace is 3 sd out in its tail."""
     rng = np.random.default_rng(3)
     x = torch.tensor(rng.normal(size=(60, 1)))
     rate = np.exp(0.2 + 0.3 * x[:, 0].numpy())
