@@ -124,8 +124,15 @@ def evidence(
         seed: seed of the draws.
 
     Raises:
-        DataError: no rows.
+        DataError: no rows, or too few draws.
     """
+    if num_draws < 25:
+        raise DataError(
+            "posterior draws for the evidence",
+            got=str(num_draws),
+            allowed="25 or more: Pareto smoothing fits a tail of at least 5",
+            fix="pass num_draws=200",
+        )
     inputs, targets = _take_rows(data, posterior.model.anchor, max_rows)
     log_odds = _flat(score, score.log_odds() if _has_implied(score) else score.log_odds("learned"))
     order = np.argsort(np.where(np.isfinite(log_odds), -log_odds, np.inf), kind="stable")
