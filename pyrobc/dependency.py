@@ -142,7 +142,7 @@ def _unsupported(net: nn.Module, calls: Mapping[str, int]) -> dict[str, str]:
         if isinstance(module, nn.Conv1d | nn.Conv2d) and 1 < module.groups and not _is_depthwise(module):
             reasons[name] = f"grouped convolution with {module.groups} groups"
         elif isinstance(module, LIFTABLE) and calls.get(name, 0) != 1:
-            reasons[name] = f"called {calls.get(name, 0)} times on the example; once is needed"
+            reasons[name] = f"called {calls.get(name, 0)} times on the example (once is needed)"
     return reasons
 
 
