@@ -30,6 +30,7 @@ from pyrobc.dists import Restricted
 from pyrobc.models.regression import ARDRegression, LinearRegression, fit_linear
 
 NOISE = 0.4
+PRIOR_SCALES = torch.tensor([1.0, 1.0, 1.5, 1.5, 0.7, 2.0], dtype=torch.float64)  # of sites_model
 ZERO = dist.Delta(torch.tensor(0.0, dtype=torch.float64))
 
 
@@ -46,9 +47,9 @@ def sites_model(x: Tensor, y: Tensor) -> None:
     """Six weights spread over a plate, a vector site, a matrix site and a scalar site."""
     with pyro.plate("units", 2):
         a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0))
-    b = pyro.sample("b", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
-    c = pyro.sample("c", dist.Normal(x.new_zeros(1, 1), 1.0).to_event(2))
-    d = pyro.sample("d", dist.Normal(x.new_zeros(()), 1.0))
+    b = pyro.sample("b", dist.Normal(x.new_zeros(2), 1.5).to_event(1))
+    c = pyro.sample("c", dist.Normal(x.new_zeros(1, 1), 0.7).to_event(2))
+    d = pyro.sample("d", dist.Normal(x.new_zeros(()), 2.0))
     weights = torch.cat([a, b, c.reshape(1), d.reshape(1)])
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Normal(x @ weights, NOISE), obs=y)
@@ -75,9 +76,9 @@ def evidence_under(x: Tensor, y: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
 
 def test_full_covariance_guide_prices_exactly(data: tuple[Tensor, Tensor]) -> None:
     x, y = data
-    zeros, ones = torch.zeros(6, dtype=x.dtype), torch.ones(6, dtype=x.dtype)
-    full = evidence_under(x, y, zeros, ones)
-    fit = fit_linear(x, y, dist.MultivariateNormal(zeros, torch.eye(6, dtype=x.dtype)), NOISE)
+    zeros = torch.zeros(6, dtype=x.dtype)
+    full = evidence_under(x, y, zeros, PRIOR_SCALES)
+    fit = fit_linear(x, y, dist.MultivariateNormal(zeros, torch.diag(PRIOR_SCALES**2)), NOISE)
     guide = AutoMultivariateNormal(sites_model)
     set_gaussian(guide, (x, y), fit.weights)
 
@@ -86,14 +87,14 @@ def test_full_covariance_guide_prices_exactly(data: tuple[Tensor, Tensor]) -> No
     assert table.index == [(0,), (1,), (), (), ()]
     groups = [[0], [1], [2, 3], [4], [5]]
     for group, delta_f in zip(groups, table.delta_f, strict=True):
-        scale = ones.clone()
+        scale = PRIOR_SCALES.clone()
         scale[group] = 0
         assert delta_f.item() == pytest.approx((evidence_under(x, y, zeros, scale) - full).item(), abs=1e-9)
 
     narrow = dist.Normal(torch.tensor(0.2, dtype=x.dtype), 0.5)
     table = score(sites_model, guide, reduced={n: narrow for n in "abcd"}, args=(x, y))
     for group, delta_f in zip(groups, table.delta_f, strict=True):
-        loc, scale = zeros.clone(), ones.clone()
+        loc, scale = zeros.clone(), PRIOR_SCALES.clone()
         loc[group], scale[group] = 0.2, 0.5
         assert delta_f.item() == pytest.approx((evidence_under(x, y, loc, scale) - full).item(), abs=1e-9)
 
@@ -105,11 +106,12 @@ def test_full_covariance_guide_prices_exactly(data: tuple[Tensor, Tensor]) -> No
     assert len(table) == 1 and table.site == ["d + a + c + b"]
     assert table.delta_f.item() == pytest.approx((evidence_under(x, y, loc, scale) - full).item(), abs=1e-9)
     only = score(sites_model, guide, reduced={"a": point, "c": ZERO}, args=(x, y), joint=True)
-    scale = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0], dtype=x.dtype)
+    scale = PRIOR_SCALES.clone()
+    scale[[0, 1, 4]] = 0
     loc[5] = 0
     assert only.delta_f.item() == pytest.approx((evidence_under(x, y, loc, scale) - full).item(), abs=1e-9)
     wide = score(sites_model, guide, reduced={"b": narrow, "d": narrow}, args=(x, y), joint=True)
-    loc, scale = zeros.clone(), ones.clone()
+    loc, scale = zeros.clone(), PRIOR_SCALES.clone()
     loc[[2, 3, 5]], scale[[2, 3, 5]] = 0.2, 0.5
     assert wide.delta_f.item() == pytest.approx((evidence_under(x, y, loc, scale) - full).item(), abs=1e-9)
 
@@ -149,7 +151,7 @@ def test_guides_are_read_with_their_own_covariance(
         if not isinstance(guide, AutoDiagonalNormal):
             covariance = law.covariance_matrix.detach().double()
         q = dist.MultivariateNormal(mean, covariance)
-    deletions = Deletions(q, dist.Normal(torch.zeros(6), 1.0), groups=[[0], [1], [2, 3], [4], [5]])
+    deletions = Deletions(q, dist.Normal(torch.zeros(6), PRIOR_SCALES), groups=[[0], [1], [2, 3], [4], [5]])
     singles = score(sites_model, guide, reduced={n: ZERO for n in "abcd"}, args=(x, y))
     assert torch.allclose(singles.delta_f, deletions.score(torch.eye(5, dtype=torch.bool)), rtol=1e-4)
     everything = score(sites_model, guide, reduced={n: ZERO for n in "abcd"}, args=(x, y), joint=True)
@@ -165,10 +167,10 @@ def test_guide_list_scores_each_part(data: tuple[Tensor, Tensor]) -> None:
     guide(x, y)
     table = score(sites_model, guide, reduced={n: ZERO for n in "abcd"}, args=(x, y))
     medians = guide.median(x, y)
-    for name, scale in [("a", 0.3), ("d", 0.2)]:
+    for name, scale, prior_scale in [("a", 0.3, 1.0), ("d", 0.2, 2.0)]:
         rows = [i for i, site in enumerate(table.site) if site == name]
         loc = medians[name].detach().double()
-        expected = dist.Normal(loc, scale).log_prob(0 * loc) - dist.Normal(0 * loc, 1.0).log_prob(0 * loc)
+        expected = dist.Normal(loc, scale).log_prob(0 * loc) - dist.Normal(0 * loc, prior_scale).log_prob(0 * loc)
         assert torch.allclose(table.delta_f[rows], expected.reshape(-1), rtol=1e-4)
     joint = score(sites_model, guide, reduced={n: ZERO for n in "abcd"}, args=(x, y), joint=True)
     assert joint.delta_f.item() == pytest.approx(table.delta_f.sum().item(), rel=1e-6)  # diagonal at the start
