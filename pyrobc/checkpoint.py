@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from pyrobc.errors import CheckpointError, OutputError
 __all__ = ["fingerprint", "read_checkpoint", "write_atomically", "write_checkpoint"]
 
 _FORMAT = 1
+_FULL_DISK = ("write", "iostream", "unexpected pos")  # what torch's writers say in a RuntimeError
 _UNREADABLE = (
     OSError,
     RuntimeError,
@@ -39,7 +41,7 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` on a temporary name beside ``path``, then rename: readers see the old file or the new one.
 
     Raises:
@@ -54,8 +56,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         temporary.chmod(0o644)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _FULL_DISK):
             raise
         raise OutputError(
             f"output {path}",
@@ -71,7 +73,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_checkpoint(path: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Save ``state`` (tensors, numbers, strings, lists, dicts) under ``identity``."""
     payload = {"format": _FORMAT, "identity": {k: json.dumps(v, default=str) for k, v in identity.items()}}
-    write_atomically(path, lambda temporary: torch.save(payload | {"state": dict(state)}, temporary))
+    buffer = io.BytesIO()  # by way of memory, as torch's own writer does not say that a disk is full
+    torch.save(payload | {"state": dict(state)}, buffer)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getbuffer()))
 
 
 def read_checkpoint(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
