@@ -1,0 +1,105 @@
+"""The demonstration's numbers: digits, 64-300-100-10, dense against compact, three seeds.
+
+``--choose`` compares settings on the validation rows (the test rows stay unread); without it the chosen settings of
+``pyrobc.demo`` run on seeds 0-2 and are measured on the test rows.  Every run is kept in ``runs/digits`` and not
+repeated, so an interrupted benchmark goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._record import write_result
+from pyrobc.checkpoint import fingerprint
+from pyrobc.compare import measure_error
+from pyrobc.demo import DEFAULT_FAMILY, DEMO_SETTINGS, compress_digits, load_digits
+
+RUNS = Path("runs/digits")
+SEEDS = [0, 1, 2]
+CHOICES: list[tuple[str, dict[str, Any]]] = [
+    ("log_uniform", {"epochs": 160, "lr": 1e-2, "batch_size": 64, "family_args": {"gate_lr": g, "num_draws": 8}})
+    for g in (1.0, 3.0)
+] + [
+    ("log_uniform", {"epochs": 160, "lr": 5e-3, "batch_size": 64, "family_args": {"gate_lr": 5.0, "num_draws": 8}}),
+    ("log_uniform", {"epochs": 160, "lr": 1e-2, "batch_size": 32, "family_args": {"gate_lr": 3.0, "num_draws": 8}}),
+    ("group_horseshoe", {"epochs": 160, "lr": 1e-2, "batch_size": 64, "family_args": {"num_draws": 8}}),
+    ("group_horseshoe", {"epochs": 160, "lr": 1e-2, "batch_size": 32, "family_args": {"num_draws": 8}}),
+    ("group_horseshoe", {"epochs": 160, "lr": 1e-2, "batch_size": 32, "epsilon": 1e-3, "family_args": {"num_draws": 8}}),
+]
+
+
+def run_once(family: str, settings: dict[str, Any], seed: int, split: str) -> dict[str, Any]:
+    """One dense and one compact network, errors in percent on ``split``; kept on disk."""
+    key = fingerprint({"family": family, "settings": settings, "seed": seed, "split": split})
+    path = RUNS / f"{key}.json"
+    if path.exists():
+        stored: dict[str, Any] = json.loads(path.read_text())
+        return stored
+    digits = load_digits()
+    start = time.perf_counter()
+    result = compress_digits(digits, family, settings, seed=seed, progress=False)
+    seconds = time.perf_counter() - start
+    rows = getattr(digits, split)
+    row = {
+        "family": family,
+        "settings": settings,
+        "seed": seed,
+        "split": split,
+        "dense_error": 100 * measure_error(result.dense, rows, "categorical")[0],
+        "compact_error": 100 * measure_error(result.net, rows, "categorical")[0],
+        "ratio": result.plan.compression_ratio,
+        "widths": [after for _, after in result.plan.widths.values()],
+        "seconds": seconds,
+        "notes": list(result.plan.notes),
+    }
+    RUNS.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(row, indent=1))
+    print({k: row[k] for k in ("family", "seed", "dense_error", "compact_error", "ratio", "widths", "seconds")}, flush=True)
+    return row
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over seeds."""
+    return {k: statistics.mean(row[k] for row in rows) for k in ("dense_error", "compact_error", "ratio", "seconds")}
+
+
+def choose() -> None:
+    """Print every candidate's means on the validation rows."""
+    for family, settings in CHOICES:
+        mean = summarise([run_once(family, settings, seed, "validation") for seed in SEEDS])
+        print(family, settings, {key: round(value, 2) for key, value in mean.items()}, flush=True)
+
+
+def measure() -> None:
+    """Run the chosen settings on the test rows and write the result files."""
+    rows = []
+    for family, settings in DEMO_SETTINGS.items():
+        runs = [run_once(family, settings, seed, "test") for seed in SEEDS]
+        mean = summarise(runs)
+        is_default = family == DEFAULT_FAMILY
+        gap = mean["compact_error"] - mean["dense_error"]
+        spread = ", ".join(f"{run['compact_error']:.2f}/{run['dense_error']:.2f} at {run['ratio']:.0f}x" for run in runs)
+        name = f"{family}{' (the demo)' if is_default else ''}"
+        rows += [
+            _row(f"{name}: parameters, dense / compact", mean["ratio"], "x", ">= 40", mean["ratio"] >= 40),
+            _row(f"{name}: test error, compact - dense ({spread})", gap, "points", "<= 1.0", gap <= 1.0),
+        ]
+    write_result("digits", rows, seeds=SEEDS, notes="Mean of three seeds; errors compact/dense in percent per seed.")
+
+
+def _row(what: str, value: float, unit: str, target: str, is_met: bool) -> dict[str, Any]:
+    return {"what": what, "value": value, "unit": unit, "target": target, "met": "yes" if is_met else "NO"}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--choose", action="store_true", help="compare settings on the validation rows")
+    torch.set_num_threads(1)
+    choose() if parser.parse_args().choose else measure()
