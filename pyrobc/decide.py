@@ -108,8 +108,9 @@ def _step_back(
     wanted = sum(row[0] == "prune" for rows in outcomes.values() for row in rows)
     allowed = [c for c in evidence.candidates if c.num_removed <= wanted]
     full = min(evidence.candidates, key=lambda c: c.num_removed)
-    passing = [c for c in allowed if c.diff >= -max_worse * full.se]
-    chosen = max(passing, key=lambda c: c.num_removed)  # the full network always passes
+    # a difference that is not a number never passes; the full network always does
+    passing = [full, *(c for c in allowed if c.diff >= -max_worse * full.se)]
+    chosen = max(passing, key=lambda c: c.num_removed)
     largest = max(allowed, key=lambda c: c.num_removed)
     if chosen.num_removed < largest.num_removed:
         ranks = np.argsort(evidence.order)
@@ -120,7 +121,7 @@ def _step_back(
                     rows[i] = (
                         "abstain",
                         f"kept back: removing {largest.num_removed} groups costs {-largest.diff:.3g} nats of ELPD, "
-                        f"more than {max_worse:g} x SE {full.se:.3g}",
+                        f"not known to be within {max_worse:g} x SE {full.se:.3g}",
                     )
         notes.append(f"stepped back from {largest.num_removed} to {chosen.num_removed} groups removed")
     if evidence.posterior_khat > evidence.good_k:
