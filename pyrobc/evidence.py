@@ -237,7 +237,13 @@ def _leave_one_out(log_lik: Floats, ratio: Floats) -> tuple[Floats, Floats]:
     with warnings.catch_warnings():  # high k-hats are counted and reported, not printed per candidate
         warnings.simplefilter("ignore", UserWarning)
         loo = arviz_stats.loo_approximate_posterior(tree, ratio, np.zeros_like(ratio), pointwise=True, var_name="y")
-    return np.asarray(loo.elpd_i, dtype=np.float64).ravel(), np.asarray(loo.pareto_k, dtype=np.float64).ravel()
+    elpd_i, khat = (np.array(v, dtype=np.float64).ravel() for v in (loo.elpd_i, loo.pareto_k))
+    # Where draws tie (a row predicted with certainty by all) no tail can be fitted: not left out, and counted as bad.
+    is_undefined = np.isnan(elpd_i) | np.isnan(khat)
+    weights = ratio - np.logaddexp.reduce(ratio)
+    elpd_i[is_undefined] = np.logaddexp.reduce(log_lik[:, is_undefined] + weights[:, None], axis=0)
+    khat[is_undefined] = np.inf
+    return elpd_i, khat
 
 
 def _compare(
