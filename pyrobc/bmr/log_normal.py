@@ -5,10 +5,9 @@ Evidence does not depend on the parameterisation: the factors :math:`1/\theta` o
 
 from __future__ import annotations
 
-import torch
 from pyro.distributions import LogNormal as PyroLogNormal
 from pyro.distributions import Normal
-from torch.distributions import LogNormal
+from torch.distributions import Distribution, LogNormal
 
 from pyrobc.bmr.normal import reduce_normal
 from pyrobc.bmr.registry import Reduction, register_reduction
@@ -20,7 +19,9 @@ __all__ = ["reduce_log_normal"]
 def reduce_log_normal(q: LogNormal, p: LogNormal, reduced: LogNormal) -> Reduction:
     """LogNormal to LogNormal, elementwise."""
     normals = (Normal(law.loc, law.scale, validate_args=False) for law in (q, p, reduced))
-    inner = reduce_normal(*normals)
-    assert isinstance(inner.posterior, torch.distributions.Normal)
-    posterior = PyroLogNormal(inner.posterior.loc, inner.posterior.scale, validate_args=False)
-    return Reduction(inner.delta_f, posterior, reason=inner.reason)
+    return reduce_normal(*normals).map(lambda part: part, posterior=_exponentiate)
+
+
+def _exponentiate(law: Distribution) -> PyroLogNormal:
+    assert isinstance(law, Normal)
+    return PyroLogNormal(law.loc, law.scale, validate_args=False)

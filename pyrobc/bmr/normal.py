@@ -22,13 +22,16 @@ References:
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from pyro.distributions import Normal as PyroNormal
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyrobc.bmr.registry import Reduction, register_reduction
+from pyrobc.bmr.chunks import score_in_chunks
+from pyrobc.bmr.reduction import Reduction, explain_undefined
+from pyrobc.bmr.registry import register_reduction
 
 __all__ = ["reduce_normal"]
 
@@ -36,16 +39,35 @@ __all__ = ["reduce_normal"]
 @register_reduction(Normal, Normal, Normal)
 def reduce_normal(q: Normal, p: Normal, reduced: Normal) -> Reduction:
     """Normal to Normal, elementwise; undefined where the reduced posterior would have no positive precision."""
-    d, e = q.loc - p.loc, reduced.loc - p.loc
-    s2, p2, r2 = q.scale.square(), p.scale.square(), reduced.scale.square()
-    gain = 1.0 / r2 - 1.0 / p2
-    growth = 1.0 + s2 * gain  # s^2 * reduced posterior precision
+    parameters = (q.loc, q.scale, p.loc, p.scale, reduced.loc, reduced.scale)
+    delta_f = score_in_chunks(_score, *parameters)
+    reason = explain_undefined(delta_f, "the reduced posterior has no positive precision")
+    return Reduction(delta_f, partial(_make_posterior, *parameters), reason=reason)
+
+
+def _grow(scale: Tensor, scale_p: Tensor, scale_r: Tensor) -> tuple[Tensor, Tensor]:
+    """lambda, and 1 + s^2 lambda: the reduced posterior precision in units of the full one's."""
+    gain = 1.0 / scale_r.square() - 1.0 / scale_p.square()
+    return gain, 1.0 + scale.square() * gain
+
+
+def _score(loc: Tensor, scale: Tensor, loc_p: Tensor, scale_p: Tensor, loc_r: Tensor, scale_r: Tensor) -> Tensor:
+    gain, growth = _grow(scale, scale_p, scale_r)
     is_defined = growth > 0
-    growth = torch.where(is_defined, growth, torch.ones_like(growth))
-    energy = (d.square() * gain + e.square() / r2 * (1.0 - s2 / p2) - 2.0 * d * e / r2) / growth
-    delta_f: Tensor = torch.log(p.scale / reduced.scale) - 0.5 * torch.log(growth) - 0.5 * energy
-    delta_f = torch.where(is_defined, delta_f, math.nan)
-    loc = p.loc + (d + s2 * e / r2) / growth
-    posterior = PyroNormal(loc, q.scale * growth.rsqrt(), validate_args=False)
-    reason = "" if bool(is_defined.all()) else "the reduced posterior has no positive precision"
-    return Reduction(delta_f, posterior, reason=reason)
+    growth = torch.where(is_defined, growth, 1.0)
+    d, e = loc - loc_p, loc_r - loc_p
+    energy = d.square() * gain
+    if e.requires_grad or bool(e.any()):
+        pull = e / scale_r.square()
+        energy = energy + pull * (e * (1.0 - (scale / scale_p).square()) - 2.0 * d)
+    delta_f = torch.log(scale_p / scale_r) - 0.5 * (torch.log(growth) + energy / growth)
+    return torch.where(is_defined, delta_f, math.nan)
+
+
+def _make_posterior(
+    loc: Tensor, scale: Tensor, loc_p: Tensor, scale_p: Tensor, loc_r: Tensor, scale_r: Tensor
+) -> PyroNormal:
+    _, growth = _grow(scale, scale_p, scale_r)
+    growth = torch.where(growth > 0, growth, math.nan)
+    moved = loc_p + (loc - loc_p + scale.square() * (loc_r - loc_p) / scale_r.square()) / growth
+    return PyroNormal(moved, scale * growth.rsqrt(), validate_args=False)

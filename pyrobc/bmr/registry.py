@@ -16,7 +16,6 @@ is NaN exactly where the reduction is undefined, with ``reason`` saying why: NaN
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -101,14 +100,16 @@ def reduce(
     trio = (in_double(q, memo), in_double(p, memo), in_double(reduced, memo))
     check_comparable(trio)
     result = _reduce((plain(trio[0]), plain(trio[1]), plain(trio[2])), num_draws, generator)
-    return _expand(result, batch_shape(trio))
+    shape = batch_shape(trio)
+    return result.map(lambda part: part.expand(shape))
 
 
 def _reduce(trio: Trio, num_draws: int, generator: torch.Generator | None) -> Reduction:
     shared = unwrap(trio)
     if shared is not None:
         inner_trio, num_dims, wrap = shared
-        inner = _expand(_reduce(inner_trio, num_draws, generator), batch_shape(inner_trio))
+        shape = batch_shape(inner_trio)
+        inner = _reduce(inner_trio, num_draws, generator).map(lambda part: part.expand(shape))
         return _sum_events(inner, num_dims, wrap)
     rule = closed_form(*(type(law) for law in trio))
     if rule is not None:
@@ -118,14 +119,12 @@ def _reduce(trio: Trio, num_draws: int, generator: torch.Generator | None) -> Re
 
 def _sum_events(inner: Reduction, num_dims: int, wrap: Callable[[Distribution], Distribution]) -> Reduction:
     """Independent elements: evidence adds up, and so do the squares of its errors."""
-    posterior = None if inner.posterior is None else wrap(inner.posterior)
     if not num_dims:
-        return replace(inner, posterior=posterior)
+        return inner.map(lambda part: part, posterior=wrap)
     dims = tuple(range(-num_dims, 0))
-    khat = None if inner.khat is None else inner.khat.amax(dims)
-    return Reduction(inner.delta_f.sum(dims), posterior, inner.mcse.square().sum(dims).sqrt(), khat, inner.reason)
-
-
-def _expand(result: Reduction, shape: torch.Size) -> Reduction:
-    khat = None if result.khat is None else result.khat.expand(shape)
-    return replace(result, delta_f=result.delta_f.expand(shape), mcse=result.mcse.expand(shape), khat=khat)
+    return inner.map(
+        lambda delta_f: delta_f.sum(dims),
+        posterior=wrap,
+        mcse=lambda mcse: mcse.square().sum(dims).sqrt(),
+        khat=lambda khat: khat.amax(dims),
+    )

@@ -33,7 +33,9 @@ import torch
 from pyro.distributions import Delta
 from torch import Tensor
 
-from pyrobc.bmr.registry import Reduction, register_reduction
+from pyrobc.bmr.chunks import compact, score_in_chunks
+from pyrobc.bmr.reduction import Reduction
+from pyrobc.bmr.registry import register_reduction
 from pyrobc.dists import TruncatedLogNormal, TruncatedLogUniform
 from pyrobc.dists.truncation import locate_peak, log_peak_mass
 from pyrobc.errors import ReductionError
@@ -48,36 +50,55 @@ def _clamp(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _same_support(q: TruncatedLogNormal, p: TruncatedLogUniform | TruncatedLogNormal) -> Tensor:
-    slack = 1e-6 * (p.high - p.low)
-    return ((q.low - p.low).abs() <= slack) & ((q.high - p.high).abs() <= slack)
+    low, high = compact(p.low), compact(p.high)
+    slack = 1e-6 * (high - low)
+    return ((compact(q.low) - low).abs() <= slack) & ((compact(q.high) - high).abs() <= slack)
 
 
 def _mask(delta_f: Tensor, is_defined: Tensor, why: str) -> tuple[Tensor, str]:
-    return torch.where(is_defined, delta_f, math.nan), "" if bool(is_defined.all()) else why
+    if bool(is_defined.all()):
+        return delta_f, ""
+    return torch.where(is_defined, delta_f, math.nan), why
 
 
 @register_reduction(TruncatedLogNormal, TruncatedLogUniform, TruncatedLogNormal)
 def reduce_to_log_normal(q: TruncatedLogNormal, p: TruncatedLogUniform, reduced: TruncatedLogNormal) -> Reduction:
     """BMRS_N, elementwise."""
-    low, high = p.low, p.high
-    variance = q.scale.square() + reduced.scale.square()
-    gap = reduced.loc - q.loc
-    scale = q.scale * reduced.scale / variance.sqrt()
-    # The location of the product, seen from the peak of q and from the peak of the reduced prior.
-    (peak_q, excess_q), (peak_r, excess_r) = locate_peak(q.loc, low, high), locate_peak(reduced.loc, low, high)
-    from_q = excess_q + gap * (q.scale.square() / variance)
-    from_r = excess_r - gap * (reduced.scale.square() / variance)
-    energy_q = _energy(from_q, excess_q, low - peak_q, high - peak_q, q.scale)
-    energy_r = _energy(from_r, excess_r, low - peak_r, high - peak_r, reduced.scale)
-    is_nearer_q = q.scale < reduced.scale
-    near_peak, near = torch.where(is_nearer_q, peak_q, peak_r), torch.where(is_nearer_q, from_q, from_r)
-    mass = log_peak_mass((low - near_peak - near) / scale, (high - near_peak - near) / scale)
-    mass_q = log_peak_mass((low - q.loc) / q.scale, (high - q.loc) / q.scale)
-    mass_r = log_peak_mass((low - reduced.loc) / reduced.scale, (high - reduced.loc) / reduced.scale)
-    delta_f = torch.log(high - low) - 0.5 * torch.log(variance) + mass - mass_q - mass_r - energy_q - energy_r
+    low, high = compact(p.low), compact(p.high)
+    delta_f = score_in_chunks(_score_normal, q.loc, q.scale, low, high, compact(reduced.loc), compact(reduced.scale))
     delta_f, reason = _mask(delta_f, _same_support(q, p) & _same_support(reduced, p), _OUTSIDE)
-    posterior = TruncatedLogNormal(near_peak + near, scale, low, high, validate_args=False)
-    return Reduction(delta_f, posterior, reason=reason)
+
+    def make_posterior() -> TruncatedLogNormal:
+        scale, near_peak, near = _multiply(q.loc, q.scale, low, high, reduced.loc, reduced.scale)[:3]
+        return TruncatedLogNormal(near_peak + near, scale, low, high, validate_args=False)
+
+    return Reduction(delta_f, make_posterior, reason=reason)
+
+
+def _multiply(
+    loc: Tensor, scale: Tensor, low: Tensor, high: Tensor, loc_r: Tensor, scale_r: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scale of the product of two normals, its location as a peak and a distance from it, and what its peak lacks."""
+    variance = scale.square() + scale_r.square()
+    gap = loc_r - loc
+    # The location of the product, seen from the peak of q and from the peak of the reduced prior.
+    (peak_q, excess_q), (peak_r, excess_r) = locate_peak(loc, low, high), locate_peak(loc_r, low, high)
+    from_q = excess_q + gap * (scale.square() / variance)
+    from_r = excess_r - gap * (scale_r.square() / variance)
+    energy = _energy(from_q, excess_q, low - peak_q, high - peak_q, scale)
+    energy = energy + _energy(from_r, excess_r, low - peak_r, high - peak_r, scale_r)
+    is_nearer_q = scale < scale_r
+    near_peak, near = torch.where(is_nearer_q, peak_q, peak_r), torch.where(is_nearer_q, from_q, from_r)
+    return scale * scale_r * variance.rsqrt(), near_peak, near, energy
+
+
+def _score_normal(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor, loc_r: Tensor, scale_r: Tensor) -> Tensor:
+    product, near_peak, near, energy = _multiply(loc, scale, low, high, loc_r, scale_r)
+    mass = log_peak_mass((low - near_peak - near) / product, (high - near_peak - near) / product)
+    mass_q = log_peak_mass((low - loc) / scale, (high - loc) / scale)
+    mass_r = log_peak_mass((low - loc_r) / scale_r, (high - loc_r) / scale_r)
+    # product / (scale scale_r) = 1 / sqrt(v)
+    return torch.log((high - low) * product / (scale * scale_r)) + mass - mass_q - mass_r - energy
 
 
 def _energy(move: Tensor, excess: Tensor, low: Tensor, high: Tensor, scale: Tensor) -> Tensor:
@@ -125,20 +146,33 @@ def reduce_from_log_normal(
 @register_reduction(TruncatedLogNormal, TruncatedLogUniform, TruncatedLogUniform)
 def reduce_to_log_uniform(q: TruncatedLogNormal, p: TruncatedLogUniform, reduced: TruncatedLogUniform) -> Reduction:
     """BMRS_U, elementwise; undefined where the reduced interval is not inside the full one."""
-    slack = 1e-6 * (p.high - p.low)
-    is_nested = (reduced.low >= p.low - slack) & (reduced.high <= p.high + slack)
-    delta_f = q.log_mass(reduced.low, reduced.high) - p.log_mass(reduced.low, reduced.high)
+    low, high = compact(reduced.low), compact(reduced.high)
+    slack = 1e-6 * (compact(p.high) - compact(p.low))
+    is_nested = (low >= compact(p.low) - slack) & (high <= compact(p.high) + slack)
+    width = compact(p.high) - compact(p.low)
+    prior_mass = torch.log(torch.minimum(high, compact(p.high)) - torch.maximum(low, compact(p.low))) - torch.log(width)
+    delta_f = score_in_chunks(_score_uniform, *_parameters(q), low, high, prior_mass)
     delta_f, reason = _mask(delta_f, _same_support(q, p) & is_nested, _OUTSIDE)
     posterior = TruncatedLogNormal(q.loc, q.scale, reduced.low, reduced.high, validate_args=False)
     return Reduction(delta_f, posterior, reason=reason)
 
 
+def _parameters(q: TruncatedLogNormal) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.loc, q.scale, compact(q.low), compact(q.high)
+
+
+def _score_uniform(
+    loc: Tensor, scale: Tensor, low: Tensor, high: Tensor, low_r: Tensor, high_r: Tensor, prior_mass: Tensor
+) -> Tensor:
+    return TruncatedLogNormal(loc, scale, low, high, validate_args=False).log_mass(low_r, high_r) - prior_mass
+
+
 @register_reduction(TruncatedLogNormal, TruncatedLogUniform, Delta)
 def reduce_to_spike(q: TruncatedLogNormal, p: TruncatedLogUniform, reduced: Delta) -> Reduction:
     """Exact deletion, the gate held at ``reduced.v``: ``Delta(exp(low))`` is the spike limit of BMRS_N."""
-    x = torch.log(reduced.v)
-    slack = 1e-6 * (p.high - p.low)
-    if not bool(((x >= p.low - slack) & (x <= p.high + slack)).all()):
+    x, low, high = torch.log(reduced.v), compact(p.low), compact(p.high)
+    slack = 1e-6 * (high - low)
+    if not bool(((x >= low - slack) & (x <= high + slack)).all()):
         raise ReductionError(
             "reduced prior Delta under TruncatedLogUniform",
             got="a point outside the support (zero has no density here)",
@@ -146,6 +180,12 @@ def reduce_to_spike(q: TruncatedLogNormal, p: TruncatedLogUniform, reduced: Delt
             fix="Delta(exp(low)) is the spike; Restricted(p, exp(low), epsilon) is the region of equivalence (ROPE)",
         )
     # A point given in single precision misses the end by a rounding error that a narrow posterior would notice.
-    x = torch.where((x - p.low).abs() <= slack, p.low, torch.where((x - p.high).abs() <= slack, p.high, x))
-    delta_f, reason = _mask(q.log_density_log(x) + torch.log(p.high - p.low), _same_support(q, p), _OUTSIDE)
+    x = torch.where((x - low).abs() <= slack, low, torch.where((x - high).abs() <= slack, high, x))
+    delta_f = score_in_chunks(_score_spike, *_parameters(q), x)
+    delta_f, reason = _mask(delta_f, _same_support(q, p), _OUTSIDE)
     return Reduction(delta_f, reduced, reason=reason)
+
+
+def _score_spike(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor, x: Tensor) -> Tensor:
+    law = TruncatedLogNormal(loc, scale, low, high, validate_args=False)
+    return law.log_density_log(x) + torch.log(high - low)

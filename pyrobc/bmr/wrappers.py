@@ -8,7 +8,7 @@ parameterisation (the Jacobians of q, p and the reduced prior cancel), and adds 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyro.distributions as dist
@@ -16,6 +16,7 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch.distributions import (
     AffineTransform,
+    ComposeTransform,
     Distribution,
     Exponential,
     ExpTransform,
@@ -51,9 +52,17 @@ def plain(law: Distribution) -> Distribution:
     return law
 
 
+def _flatten(transforms: Iterable[Any]) -> Iterator[Any]:
+    for transform in transforms:
+        if isinstance(transform, ComposeTransform):
+            yield from _flatten(transform.parts)
+        else:
+            yield transform
+
+
 def _fold(law: Any) -> Distribution:
     """A Normal absorbs affine maps; exp turns it into a LogNormal; anything else stays."""
-    base, transforms = plain(law.base_dist), list(law.transforms)
+    base, transforms = plain(law.base_dist), list(_flatten(law.transforms))
     while transforms and isinstance(base, Normal):
         head = transforms[0]
         if isinstance(head, AffineTransform) and not head.event_dim:

@@ -24,7 +24,7 @@ def in_double(dist: Distribution, memo: dict[int, Any] | None = None) -> Distrib
 
 def _convert(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() and value.dtype != torch.float64 else value
+        return _widen(value)
     if isinstance(value, list | tuple) and any(isinstance(v, Tensor | Distribution | Transform) for v in value):
         return type(value)([_convert(v, memo) for v in value])
     if not isinstance(value, Distribution | Transform):
@@ -40,3 +40,15 @@ def _convert(value: Any, memo: dict[int, Any]) -> Any:
             # Values are checked against the support where it matters; a check that raises cannot answer elementwise.
             twin._validate_args = False
     return memo[id(value)][1]
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """``tensor`` in float64; one that is expanded from fewer numbers stays so instead of being written out."""
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    parts = tuple(slice(0, 1) if not step and size > 1 else slice(None) for size, step in _dims(tensor))
+    return tensor[parts].double().expand(tensor.shape) if parts else tensor.double()
+
+
+def _dims(tensor: Tensor) -> zip[tuple[int, int]]:
+    return zip(tensor.shape, tensor.stride(), strict=True)

@@ -49,6 +49,7 @@ __all__ = [
 
 HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 _SQRT2 = math.sqrt(2.0)
+_LOG_HALF_ROOT_TAU = math.log(0.5 * math.sqrt(2.0 * math.pi))
 # Beyond 1e18 standard deviations a bound is infinite for every purpose, and its square still fits into float32.
 _FAR = 1e18
 # The fraction of 60 terms is exact to 1e-15 from here on; the direct form loses at most 5^2 units in the last place.
@@ -123,42 +124,44 @@ def log_peak_mass(lower: Tensor, upper: Tensor) -> Tensor:
     """Peak mass ln J of [lower, upper], elementwise: the log mass without its factor exp(-xi^2/2)/sqrt(2 pi)."""
     lower, upper = torch.broadcast_tensors(lower.clamp(-_FAR, _FAR), upper.clamp(-_FAR, _FAR))
     is_outside = (lower > 0) | (upper < 0)
-    inner = _log_inner(lower.clamp(max=0.0), upper.clamp(min=0.0), is_outside)
+    inner = _log_inner(lower, upper, is_outside)
     if not bool(is_outside.any()):
         return inner
-    xi = torch.where(is_outside, torch.maximum(lower, -upper), torch.ones_like(lower))
-    width = torch.where(is_outside, upper - lower, torch.ones_like(lower))
-    return torch.where(is_outside, _log_outer(xi, width), inner)
+    xi, width = _outer_geometry(lower, upper, is_outside)
+    return inner.masked_scatter(is_outside, _log_outer(xi, width))
+
+
+def _outer_geometry(lower: Tensor, upper: Tensor, is_outside: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance from zero and width of the intervals that leave zero out, as a list of those alone."""
+    low, high = lower[is_outside], upper[is_outside]
+    return torch.maximum(low, -high), high - low
 
 
 def _log_inner(lower: Tensor, upper: Tensor, unused: Tensor) -> Tensor:
     """Peak mass ln J for lower <= 0 <= upper; unused entries get a harmless interval, so that gradients stay finite."""
     lower = torch.where(unused, -torch.ones_like(lower), lower)
     upper = torch.where(unused, torch.ones_like(upper), upper)
-    outside = 0.5 * (torch.special.erfc(upper / _SQRT2) + torch.special.erfc(-lower / _SQRT2))
-    is_wide = outside < 0.25
-    inside = 0.5 * (torch.erf(upper / _SQRT2) - torch.erf(lower / _SQRT2))
-    wide = torch.log1p(-torch.where(is_wide, outside, torch.zeros_like(outside)))
-    narrow = torch.log(torch.where(is_wide, torch.ones_like(inside), inside))
-    return torch.where(is_wide, wide, narrow) + HALF_LOG_2PI
+    return torch.log(torch.erf(upper / _SQRT2) - torch.erf(lower / _SQRT2)) + _LOG_HALF_ROOT_TAU
 
 
 def _log_outer(xi: Tensor, width: Tensor) -> Tensor:
     """Log of int_0^w exp(-xi t - t^2/2) dt, xi >= 0."""
     is_narrow = width * xi.clamp(min=1.0) < _NARROW
-    safe_width = torch.where(is_narrow, torch.ones_like(width), width)
+    safe_width = torch.where(is_narrow, 1.0, width)
     gap = xi * safe_width + 0.5 * safe_width.square()
     first = log_mills(xi)
     wide = first + torch.log(-torch.expm1(log_mills(xi + safe_width) - first - gap))
-    thin = torch.where(is_narrow, width, torch.zeros_like(width))
-    thin_xi = torch.where(is_narrow, xi, torch.zeros_like(xi))
-    # Midpoint expansion: the even derivatives of exp(-z^2/2) at the middle m are Hermite polynomials in m.
-    square = (thin_xi + 0.5 * thin).square()
-    step = thin.square()
+    if not bool(is_narrow.any()):
+        return wide
+    return wide.masked_scatter(is_narrow, _log_narrow(xi[is_narrow], width[is_narrow]))
+
+
+def _log_narrow(xi: Tensor, width: Tensor) -> Tensor:
+    """The same by expansion about the middle m, where the even derivatives of exp(-z^2/2) are Hermite polynomials."""
+    square = (xi + 0.5 * width).square()
+    step = width.square()
     curve = step * (square - 1.0) / 24.0 + step.square() * (square.square() - 6.0 * square + 3.0) / 1920.0
-    log_width = torch.log(torch.where(is_narrow, width, torch.ones_like(width)))
-    narrow = log_width - 0.5 * thin * (thin_xi + 0.25 * thin) + torch.log1p(curve)
-    return torch.where(is_narrow, narrow, wide)
+    return torch.log(width) - 0.5 * width * (xi + 0.25 * width) + torch.log1p(curve)
 
 
 def log_mass_between(lower: Tensor, upper: Tensor) -> Tensor:
@@ -175,8 +178,10 @@ def truncated_moments(lower: Tensor, upper: Tensor) -> TruncatedMoments:
     inner = _inner_moments(lower, upper, is_outside)
     if not bool(is_outside.any()):
         return TruncatedMoments(log_peak, *inner)
-    outer = _outer_moments(lower, upper, is_outside)
-    return TruncatedMoments(log_peak, *(torch.where(is_outside, o, i) for o, i in zip(outer, inner, strict=True)))
+    xi, width = _outer_geometry(lower, upper, is_outside)
+    outer = _outer_moments(xi, width, lower[is_outside] > 0)
+    merged = (i.masked_scatter(is_outside, o) for i, o in zip(inner, outer, strict=True))
+    return TruncatedMoments(log_peak, *merged)
 
 
 def _inner_moments(lower: Tensor, upper: Tensor, unused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,10 +195,8 @@ def _inner_moments(lower: Tensor, upper: Tensor, unused: Tensor) -> tuple[Tensor
     return offset, square - offset.square(), 0.5 * square
 
 
-def _outer_moments(lower: Tensor, upper: Tensor, used: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _outer_moments(xi: Tensor, width: Tensor, is_low_end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Moments of the distance from the near end: of the half-line, less those of the half-line beyond the far end."""
-    xi = torch.where(used, torch.maximum(lower, -upper), torch.ones_like(lower))
-    width = torch.where(used, upper - lower, torch.ones_like(lower))
     first = log_mills(xi)
     # share = mass of the half-line that lies beyond the far end
     share = torch.exp(log_mills(xi + width) - first - xi * width - 0.5 * width.square())
@@ -204,8 +207,7 @@ def _outer_moments(lower: Tensor, upper: Tensor, used: Tensor) -> tuple[Tensor, 
     kept = -torch.expm1(torch.log(share.clamp(min=torch.finfo(share.dtype).tiny)))
     mean = (near_mean - share * (far_mean + far)) / kept
     square = (near_square - share * (far_square + 2.0 * far * far_mean + far.square())) / kept
-    sign = torch.where(lower > 0, torch.ones_like(mean), -torch.ones_like(mean))
-    return sign * mean, square - mean.square(), 0.5 * square + xi * mean
+    return torch.where(is_low_end, mean, -mean), square - mean.square(), 0.5 * square + xi * mean
 
 
 def standard_quantile(prob: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
@@ -226,7 +228,9 @@ def standard_quantile(prob: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     inner = _inner_quantile(prob, lower, upper, is_outside)
     if not bool(is_outside.any()):
         return inner
-    return torch.where(is_outside, _outer_quantile(prob, lower, upper, is_outside), inner)
+    xi, width = _outer_geometry(lower, upper, is_outside)
+    outer = _outer_quantile(prob[is_outside], xi, width, lower[is_outside] > 0)
+    return inner.masked_scatter(is_outside, outer)
 
 
 def _inner_quantile(prob: Tensor, lower: Tensor, upper: Tensor, unused: Tensor) -> Tensor:
@@ -240,10 +244,7 @@ def _inner_quantile(prob: Tensor, lower: Tensor, upper: Tensor, unused: Tensor) 
     return torch.maximum(torch.minimum(torch.where(is_left, z, -z), upper), lower)
 
 
-def _outer_quantile(prob: Tensor, lower: Tensor, upper: Tensor, used: Tensor) -> Tensor:
-    xi = torch.where(used, torch.maximum(lower, -upper), torch.ones_like(lower))
-    width = torch.where(used, upper - lower, torch.ones_like(lower))
-    is_low_end = lower > 0
+def _outer_quantile(prob: Tensor, xi: Tensor, width: Tensor, is_low_end: Tensor) -> Tensor:
     beyond = torch.where(is_low_end, 1.0 - prob, prob)
     first = log_mills(xi)
     share = torch.exp(log_mills(xi + width) - first - xi * width - 0.5 * width.square())

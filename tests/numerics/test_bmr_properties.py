@@ -8,7 +8,7 @@ import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Wishart
-from torch.distributions.transforms import AffineTransform, ExpTransform, SigmoidTransform
+from torch.distributions.transforms import AffineTransform, ComposeTransform, ExpTransform, SigmoidTransform
 
 from pyrobc.bmr import Reduction, reduce, register_reduction, registered_triples
 from pyrobc.bmr.registry import closed_form
@@ -123,6 +123,7 @@ def test_reparameterisation():
         [AffineTransform(0.2, 2.0), ExpTransform()],
         [SigmoidTransform()],
         [ExpTransform(), AffineTransform(0.5, 2.0)],
+        [ComposeTransform([]), ComposeTransform([ExpTransform()])],
     ):
         result = reduce(*(dist.TransformedDistribution(law, transforms) for law in laws), num_draws=0)
         torch.testing.assert_close(result.delta_f, expected.delta_f, rtol=1e-9, atol=1e-9)
@@ -265,3 +266,26 @@ def test_registry_takes_new_types_once_and_prefers_the_specific():
     assert closed_form(Odd, Odd, dist.Laplace) is None
     with pytest.raises(ReductionError, match="Odd, Odd, Odd.*second closed form.*remove one"):
         register_reduction(Odd, Odd, Odd)(lambda q, p, r: Reduction(torch.zeros(())))
+
+
+def test_large_batches_in_pieces_equal_one_piece():
+    # without gradients millions of groups are scored a cache-full at a time
+    generator = torch.Generator().manual_seed(0)
+    loc = torch.rand(3, 70_001, generator=generator, dtype=torch.float64) * 25 - 20
+    scale = (torch.rand(70_001, generator=generator, dtype=torch.float64) * 6 - 3).exp()
+    for make, trio in (
+        (TruncatedLogNormal, (TruncatedLogUniform(), TruncatedLogUniform(-16.0, -3.0))),
+        (TruncatedLogNormal, (TruncatedLogUniform(), TruncatedLogNormal(-18.0, 0.5))),
+        (dist.Normal, (_normal(0.1, 1.0), _normal(0.3, 0.4))),
+    ):
+        result = reduce(make(loc, scale), *trio)
+        recorded = reduce(make(loc.clone().requires_grad_(), scale), *trio)
+        assert result.delta_f.shape == (3, 70_001)
+        torch.testing.assert_close(result.delta_f, recorded.delta_f.detach(), rtol=1e-12, atol=1e-12, equal_nan=True)
+        assert result.posterior is not None and result.posterior is result.posterior
+        assert result.posterior.batch_shape == (3, 70_001)
+
+
+def test_a_reduction_shows_its_numbers_and_its_reason():
+    shown = repr(reduce(dist.Normal(0.0, 1.0), dist.Normal(0.0, 0.5), dist.Normal(0.0, 3.0)))
+    assert "nan" in shown and "no positive precision" in shown

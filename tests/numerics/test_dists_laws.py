@@ -202,7 +202,10 @@ def test_double_copies_share_parts_and_carry_gradients():
     assert in_double(Restricted(law, -1.0, 1.0), memo).base is twin
     twin.log_prob(torch.zeros(2, dtype=torch.float64)).backward()
     assert loc.grad is not None
-    assert dist.Normal(0.0, 1.0)._validate_args == law._validate_args
+    assert law.base_dist.loc.dtype == torch.float32 and not twin._validate_args
+    # one number expanded to many is not written out
+    wide = in_double(dist.Normal(torch.zeros(4, 1), torch.tensor(2.0)).expand((4, 1000)))
+    assert wide.loc.dtype == torch.float64 and wide.loc.stride() == (1, 0) and wide.scale.stride() == (0, 0)
 
 
 def test_laws_serve_as_pyro_sites():
