@@ -109,7 +109,7 @@ def fit(
         epochs: passes over the data in all, those before a resume included.
         seed: seed of all randomness.
         lr: learning rate of the default optimiser, Adam.
-        optimizer: ``parameter_groups -> torch.optim.Optimizer``.
+        optimizer: ``parameter_groups -> torch.optim.Optimizer``; ``lr`` is then not used.
         schedule: ``optimizer -> learning-rate scheduler``, stepped every epoch.
         temperature: weight of the KL; 1 is the ELBO.
         warmup_epochs: epochs over which the KL weight grows linearly to ``temperature``.
@@ -135,8 +135,10 @@ def fit(
     held_out = None if validation is None else as_loader(validation, batch_size=1024, shuffle=False)
     with repeatable(loader, seed):
         num_data = count_rows(loader)
-    groups = guide.parameter_groups(lr)
+    groups = guide.parameter_groups()
     chosen = optimizer(groups) if optimizer else torch.optim.Adam(groups, lr=lr, fused=True)
+    for group in chosen.param_groups:
+        group["lr"] = group["lr"] * group.get("lr_scale", 1.0)
     run = _Run(model, guide, chosen, schedule(chosen) if schedule else None)
     identity = {
         "version": __version__,
@@ -145,7 +147,7 @@ def fit(
         "likelihood": model.likelihood.name,
         "dtype": str(model.anchor.dtype),
         "seed": seed,
-        "optimizer": [type(chosen).__name__, lr],
+        "optimizer": [type(chosen).__name__, *(float(group["lr"]) for group in chosen.param_groups)],
         "schedule": type(run.schedule).__name__,
         "temperature": [temperature, warmup_epochs],
         "clip_norm": clip_norm,
@@ -212,16 +214,13 @@ def _train_epoch(
             batches += 1
     if batches == 0:
         count_rows([])
-    if not all(bool(torch.isfinite(p).all()) for p in run.guide.parameters()):
+    look = _look(run, inputs, targets)
+    is_finite = all(bool(torch.isfinite(p).all()) for p in run.guide.parameters())
+    if not is_finite or not all(math.isfinite(number) for number in look.values()):
         raise _diverged("parameters that are not finite", run.epoch, batches)
     run.has_checked_data = True
     run.epoch += 1
-    return {
-        "epoch": float(run.epoch),
-        "elbo": -total / batches,
-        "temperature": temperature,
-        **_look(run, inputs, targets),
-    }
+    return {"epoch": float(run.epoch), "elbo": -total / batches, "temperature": temperature, **look}
 
 
 def _check_targets(run: _Run, inputs: Any, targets: Tensor) -> None:
@@ -239,7 +238,9 @@ def _look(run: _Run, inputs: Any, targets: Tensor) -> dict[str, float]:
     scales = model.family.scales(own, model.family.prior(model.spec, model.anchor), model.spec)
     rms = measure_input_rms(model, mean, [(inputs, targets)])
     thresholds = negligible_thresholds(model.spec, mean, rms, DEFAULT_EPSILON)
-    stay = sum(float((1 - scales[b].posterior.cdf(t.to(model.anchor))).sum()) for b, t in thresholds.items())
+    stay = math.nan
+    if not any(bool(threshold.isnan().any()) for threshold in thresholds.values()):
+        stay = sum(float((1 - scales[b].posterior.cdf(t.to(model.anchor))).sum()) for b, t in thresholds.items())
     with evaluating(model):
         error = model.likelihood.loss(model.run(mean, inputs), targets).mean()
     return {"error": float(error), "groups": stay}

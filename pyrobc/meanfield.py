@@ -109,12 +109,12 @@ class MeanFieldGuide(PyroModule):
             for factor in self.by_site().values():
                 factor.project_()
 
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Parameters for ``torch.optim``, grouped by learning rate."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameters for ``torch.optim``, grouped by the factor ``lr_scale`` on the learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
         for factor in self.by_site().values():
             groups.setdefault(factor.lr_scale, []).extend(factor.parameters())
-        return [{"params": params, "lr": lr * scale} for scale, params in groups.items()]
+        return [{"params": params, "lr_scale": scale} for scale, params in groups.items()]
 
     def restricted(self, spec: GroupSpec, kept: Kept) -> MeanFieldGuide:
         """The guide of the network after a cut: removed groups' factors are sliced away, the rest carries over."""
