@@ -151,7 +151,7 @@ def _candidate_blocks(net: nn.Module, example_inputs: Any, prune_inputs: bool) -
     import torch_pruning as tp
 
     names = {module: name for name, module in net.named_modules()}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.enable_grad():  # the graph is read off autograd's
         warnings.simplefilter("ignore")
         try:
             graph = tp.DependencyGraph().build_dependency(net, example_inputs=example_inputs)
