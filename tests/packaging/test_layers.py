@@ -28,7 +28,20 @@ LAYERS = {
     },
     2: {"scores", "evidence", "decide", "plan"},
     3: {"surgery", "bits", "codec"},
-    4: {"compare", "compress", "demo", "families", "report", "export", "cli"},
+    4: {
+        "archive",
+        "arrays",
+        "compare",
+        "compress",
+        "config",
+        "demo",
+        "doctor",
+        "export",
+        "families",
+        "figures",
+        "report",
+        "cli",
+    },
     5: {"__init__", "__main__"},  # the façade: hands out names of every layer
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
@@ -40,7 +53,20 @@ MEMBERS = {"models", "guides"}
 EXCEPTIONS = {("pyrobc.family", "pyrobc.guides")}
 
 # What runs, reads or writes a compact network works where Pyro is not installed.
-PYRO_FREE = {"_version", "errors", "groups", "dependency", "slicing", "plan", "surgery", "bits", "codec", "export"}
+PYRO_FREE = {
+    "_version",
+    "errors",
+    "groups",
+    "dependency",
+    "slicing",
+    "plan",
+    "surgery",
+    "bits",
+    "codec",
+    "archive",
+    "arrays",
+    "export",
+}
 
 # Libraries with a single door, so that a change of theirs is answered in one file.
 DOORS = {
