@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -246,10 +247,15 @@ def _drop_inexact(net: nn.Module, spec: GroupSpec, example_inputs: Any) -> Group
     """Leave out the blocks for which masking and cutting a random half do not give the same outputs."""
     if _difference(net, spec, [b.name for b in spec.blocks], example_inputs) == "":
         return spec
-    reasons = {b.name: _difference(net, spec, [b.name], example_inputs) for b in spec.blocks}
-    kept = tuple(b for b in spec.blocks if not reasons[b.name])
-    left_alone = dict(spec.left_alone) | {name: why for name, why in reasons.items() if why}
-    return GroupSpec(kept, spec.parameters, spec.layers, left_alone, spec.tensors)
+    kept: list[Block] = []
+    left_alone = dict(spec.left_alone)
+    for block in spec.blocks:  # one by one, each together with those before it: exact alone may not be exact jointly
+        reason = _difference(net, spec, [b.name for b in (*kept, block)], example_inputs)
+        if reason:
+            left_alone[block.name] = reason
+        else:
+            kept.append(block)
+    return replace(spec, blocks=tuple(kept), left_alone=left_alone)
 
 
 def _difference(net: nn.Module, spec: GroupSpec, blocks: list[str], example_inputs: Any) -> str:

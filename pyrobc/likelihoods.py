@@ -90,7 +90,7 @@ class Normal(Likelihood):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Squared error, summed over outputs."""
-        return (outputs - targets).square().flatten(1).sum(1)
+        return (outputs - targets).square().reshape(len(outputs), -1).sum(1)
 
     def check(self, targets: Tensor, outputs: Tensor) -> None:
         """Finite reals of the outputs' shape."""
@@ -119,7 +119,7 @@ class Bernoulli(Likelihood):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Share of wrong signs per row."""
         wrong = (outputs > 0) != (targets > 0.5)
-        return wrong.to(outputs.dtype).flatten(1).mean(1) if outputs.dim() > 1 else wrong.to(outputs.dtype)
+        return wrong.to(outputs.dtype).reshape(len(outputs), -1).mean(1)
 
     def check(self, targets: Tensor, outputs: Tensor) -> None:
         """Zeros and ones of the outputs' shape."""
