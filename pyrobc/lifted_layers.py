@@ -6,6 +6,9 @@ elementwise, the pre-activation of an example is exactly Normal given ``g`` (Kin
 .. math:: a \sim N\big(M (h \circ g) + m,\; V (h \circ g)^2 + v\big),
 
 so one draw per pre-activation replaces one draw per weight.  Without variances the layer is the plain one on ``h * g``.
+
+A convolution (and a linear layer on a sequence) reads each weight at several positions of one example.  Each position
+has the law above, but draws separately what positions share: correlations between them are left out.
 """
 
 from __future__ import annotations

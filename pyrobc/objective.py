@@ -6,7 +6,8 @@ r"""The training objective, by two roads that a test holds equal.
 
 The *traced* road is Pyro's ``TraceMeanField_ELBO`` on the lifted model: one global draw a step.  The *fast* road asks
 the family for a local draw (noise per example, Normal weights integrated per pre-activation) and adds the same analytic
-KLs: the same expectation with less variance and without tracing.
+KLs: the same expectation with less variance and without tracing.  (Where Normal weights are read at several positions
+of one example, as by a convolution, local draws leave out correlations between positions.)
 """
 
 from __future__ import annotations
