@@ -1,0 +1,121 @@
+"""Thresholds against a loop over groups, readers and columns."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyrobc.dependency import trace_groups
+from pyrobc.dists import HalfCauchyProduct, TruncatedLogUniform
+from pyrobc.family import Effective
+from pyrobc.groups import GroupSpec
+from pyrobc.negligible import negligible_thresholds
+
+
+class TwoReaders(nn.Module):
+    """One convolution read by another and, concatenated with it, by a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.side = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 2, 1)
+        self.head = nn.Conv2d(5, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.stem(x))
+        return self.head(torch.cat([h, torch.relu(self.side(h))], 1)).flatten(1)
+
+
+def a_case(has_variances: bool) -> tuple[GroupSpec, Effective, dict[str, Tensor]]:
+    net = TwoReaders().double()
+    spec = trace_groups(net, torch.randn(2, 1, 4, 4).double())
+    assert {b.name: b.size for b in spec.blocks} == {"stem": 3, "side": 2}
+    parameters = {n: torch.randn_like(p) for n, p in net.named_parameters()}
+    variances = {n: torch.rand_like(p) for n, p in parameters.items()} if has_variances else {}
+    gates = {b.name: torch.rand(b.size).double() for b in spec.blocks}
+    rms = {"side.weight": torch.rand(3).double(), "head.weight": torch.rand(5).double()}
+    return spec, Effective(gates, parameters, variances), rms
+
+
+def naive(spec: GroupSpec, mean: Effective, rms: dict[str, Tensor], epsilon: float) -> dict[str, list[float]]:
+    """The formula of the docstring, one column at a time."""
+
+    def owner(weight: str, column: int) -> tuple[str, int] | None:
+        for block, member in ((b, m) for b in spec.blocks for m in b.consumers if m.parameter == weight):
+            for g in range(block.size):
+                if column in member.indices[member.ptr[g] : member.ptr[g + 1]]:
+                    return block.name, g
+        return None
+
+    def power(weight: str, column: int) -> float:
+        w = mean.parameters[weight][:, column].flatten()
+        v = mean.variances[weight][:, column].flatten() if weight in mean.variances else torch.zeros_like(w)
+        r = float(rms[weight][column]) if weight in rms else 1.0
+        return r**2 * sum(float(a) ** 2 + float(b) for a, b in zip(w, v, strict=True))
+
+    found = {}
+    for block in spec.blocks:
+        bounds = [math.inf] * block.size
+        for g, member in product(range(block.size), block.consumers):
+            weight = member.parameter
+            columns = range(mean.parameters[weight].shape[1])
+            carried = math.sqrt(sum(power(weight, c) for c in columns if owner(weight, c) == (block.name, g)))
+            received = 0.0
+            for c in columns:
+                o = owner(weight, c)
+                gate = 1.0 if o is None else float(mean.gates[o[0]][o[1]])
+                received += gate**2 * power(weight, c)
+            bounds[g] = min(bounds[g], epsilon * math.sqrt(received) / carried)
+        found[block.name] = bounds
+    return found
+
+
+@pytest.mark.parametrize("has_variances", [False, True])
+@pytest.mark.parametrize("has_rms", [False, True])
+def test_thresholds_equal_a_naive_loop(has_variances: bool, has_rms: bool) -> None:
+    spec, mean, rms = a_case(has_variances)
+    rms = rms if has_rms else {}
+    found = negligible_thresholds(spec, mean, rms, 1e-2)
+    for block, expected in naive(spec, mean, rms, 1e-2).items():
+        assert found[block].dtype == torch.float64
+        np.testing.assert_allclose(found[block], expected, rtol=1e-10)
+
+
+def test_a_group_at_its_threshold_carries_exactly_the_stated_share() -> None:
+    """Measured on pre-activations: random signs of the input make contributions add in squares."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5)).double()
+    spec = trace_groups(net, torch.randn(1, 4).double())
+    parameters = {n: p.detach() for n, p in net.named_parameters()}
+    mean = Effective({"input": torch.rand(4).double() + 0.5, "0": torch.ones(6).double()}, parameters)
+    bound = negligible_thresholds(spec, mean, {"0.weight": torch.ones(4).double()}, 0.05)["input"]
+    signs = torch.tensor(list(product([-1.0, 1.0], repeat=4))).double()  # root mean square one, uncorrelated
+    received = ((signs * mean.gates["input"]) @ parameters["0.weight"].T).square().sum(1).mean().sqrt()
+    for g in range(4):
+        carried = (signs[:, g : g + 1] * bound[g] * parameters["0.weight"][:, g]).square().sum(1).mean().sqrt()
+        assert float(carried / received) == pytest.approx(0.05, rel=1e-10)
+
+
+def test_thresholds_are_proportional_to_epsilon() -> None:
+    spec, mean, rms = a_case(True)
+    small, large = (negligible_thresholds(spec, mean, rms, e) for e in (1e-3, 1e-1))
+    for block in small:
+        torch.testing.assert_close(large[block], 100 * small[block])
+
+
+def test_the_prior_caps_a_threshold_at_its_99th_percentile() -> None:
+    spec, mean, rms = a_case(False)
+    mean.parameters["side.weight"][:, 0].zero_()
+    mean.parameters["head.weight"][:, 0].zero_()  # group 0 of the stem carries nothing anywhere
+    free = negligible_thresholds(spec, mean, rms, 1e-2)["stem"]
+    assert float(free[0]) > 1e100
+    uniform = TruncatedLogUniform(torch.full((3,), -20.0).double(), torch.zeros(3).double())
+    cauchy = HalfCauchyProduct(torch.ones(3).double())
+    for prior in (uniform, cauchy):
+        capped = negligible_thresholds(
+            spec, mean, rms, 1e-2, {"stem": prior, "side": HalfCauchyProduct(torch.ones(2).double())}
+        )
+        assert float(prior.cdf(capped["stem"])[0]) == pytest.approx(0.99, abs=1e-9)
+        torch.testing.assert_close(capped["stem"][1:], free[1:])
