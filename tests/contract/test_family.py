@@ -162,11 +162,22 @@ def test_fast_loss_has_the_expectation_of_the_traced_loss(name: str, temperature
 @every_family
 def test_local_draw_keeps_its_declared_kind(name: str) -> None:
     model = lifted(name)
-    effective = model.family.draw_local(own_laws(model, model.new_guide()), model.spec, 7)
+    laws = own_laws(model, model.new_guide())
+    effective = model.family.draw_local(laws, model.spec, 7)
     assert {b: tuple(g.shape) for b, g in effective.gates.items()} == {b.name: (7, b.size) for b in model.spec.blocks}
     assert effective.parameters.keys() == model.spec.parameters.keys()
     assert bool(effective.variances) == (model.family.posterior_on == "weight")
-    assert effective.variances.keys() <= effective.parameters.keys()
+    for name in effective.variances:  # not drawn: means and variances of what a draw of the sites means
+        drawn = torch.stack(
+            [
+                model.family.combine({n: q.sample() for n, q in laws.items()}, model.spec).parameters[name]
+                for _ in range(400)
+            ]
+        )
+        mean = effective.parameters[name].detach()
+        assert_close_in_se(drawn, mean)
+        ratio = (drawn - mean).square() / effective.variances[name].detach()
+        assert_close_in_se(ratio.reshape(-1, 1), torch.ones(1).double())
 
 
 @every_family
@@ -267,13 +278,13 @@ def test_scales_are_the_laws_of_the_gates_that_are_drawn(name: str) -> None:
     with torch.no_grad():
         laws = own_laws(model, guide)
         drawn = [model.family.combine({n: q.sample() for n, q in laws.items()}, model.spec).gates for _ in range(1500)]
-        local = model.family.draw_local(laws, model.spec, 1500).gates
+        local = [model.family.draw_local(laws, model.spec, 2).gates for _ in range(1500)]
     for block, scale in scales_of(model, guide).items():
-        half = scale.posterior.cdf(torch.stack([d[block] for d in drawn])).double()
-        # cdf values of draws are uniform: mean one half, mean square one third
-        assert_close_in_se(half, torch.full_like(half[0], 0.5))
-        assert_close_in_se(half.square(), torch.full_like(half[0], 1 / 3))
-        assert local[block].shape == (1500, model.spec.block(block).size)
+        for gates in ([d[block] for d in drawn], [d[block][1] for d in local]):
+            uniform = scale.posterior.cdf(torch.stack(gates)).double()
+            # cdf values of draws are uniform: mean one half, mean square one third
+            assert_close_in_se(uniform, torch.full_like(uniform[0], 0.5))
+            assert_close_in_se(uniform.square(), torch.full_like(uniform[0], 1 / 3))
 
 
 @every_family

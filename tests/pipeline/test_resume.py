@@ -61,6 +61,12 @@ def arrays() -> tuple[Tensor, Tensor]:
     return data().tensors[0], data().tensors[1]
 
 
+def mislabelled() -> DataLoader[Any]:
+    """Validation data on which learning is a loss, so that the first epochs are the best."""
+    x, y = data().tensors
+    return DataLoader(TensorDataset(x, (y + 1) % 3), batch_size=10)
+
+
 def plateau(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
 
@@ -77,7 +83,10 @@ CASES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "cosine": (batches, {"schedule": cosine, "warmup_epochs": 2, "clip_norm": 1.0}),
     "own generator": (own_generator, {"lr": 1e-2}),
     "sampler's generator": (sampler_with_generator, {"optimizer": momentum}),
-    "early stopping": (arrays, {"batch_size": 7, "validation": batches(), "patience": 2, "schedule": plateau}),
+    "early stopping": (
+        arrays,
+        {"batch_size": 7, "validation": mislabelled(), "patience": 2, "schedule": plateau, "lr": 0.1},
+    ),
     "traced": (batches, {"path": "traced", "lr": 1e-2}),
 }
 
@@ -109,6 +118,9 @@ def test_a_run_killed_after_any_epoch_resumes_to_the_same_bits(case: str, family
     load, options = CASES[case]
     whole = run(None, load, options, family)
     assert any("running_mean" in n and bool(t.any()) for n, t in bits(whole).items())
+    if case == "early stopping":
+        losses = [h["validation_loss"] for h in whole.history]
+        assert losses.index(min(losses)) < len(losses) - 1, "the best must not be the last for this to test anything"
     for last in range(1, len(whole.history) + 1):
         path = tmp_path / f"{last}.pt"
 
