@@ -10,16 +10,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import torch
 
 from benchmarks._record import RESULTS, write_result
 from pyrobc.checkpoint import fingerprint
 from pyrobc.compare import measure_error
 from pyrobc.demo import DEFAULT_FAMILY, DEMO_SETTINGS, compress_digits, load_digits
+from pyrobc.export import load
 
 RUNS = Path("runs/digits")
 SEEDS = [0, 1, 2]
@@ -61,7 +67,10 @@ def run_once(family: str, settings: dict[str, Any], seed: int, split: str) -> di
     }
     RUNS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(row, indent=1))
-    print({k: row[k] for k in ("family", "seed", "dense_error", "compact_error", "ratio", "widths", "seconds")}, flush=True)
+    print(
+        {k: row[k] for k in ("family", "seed", "dense_error", "compact_error", "ratio", "widths", "seconds")},
+        flush=True,
+    )
     return row
 
 
@@ -85,19 +94,40 @@ def measure() -> None:
         mean = summarise(runs)
         is_default = family == DEFAULT_FAMILY
         gap = mean["compact_error"] - mean["dense_error"]
-        spread = ", ".join(f"{run['compact_error']:.2f}/{run['dense_error']:.2f} at {run['ratio']:.0f}x" for run in runs)
+        spread = ", ".join(
+            f"{run['compact_error']:.2f}/{run['dense_error']:.2f} at {run['ratio']:.0f}x" for run in runs
+        )
         name = f"{family}{' (the demo)' if is_default else ''}"
         rows += [
             _row(f"{name}: parameters, dense / compact", mean["ratio"], "x", ">= 40", mean["ratio"] >= 40),
             _row(f"{name}: test error, compact - dense ({spread})", gap, "points", "<= 1.0", gap <= 1.0),
         ]
+    seconds, gap = time_demo()
+    rows += [
+        _row("`pyrobc demo`, start to report", seconds, "s", "<= 60", seconds <= 60),
+        _row("compact network against its reloaded .pt2 and ONNX, max abs difference", gap, "", "<= 1e-5", gap <= 1e-5),
+    ]
     write_result("digits", rows, seeds=SEEDS, notes="Mean of three seeds; errors compact/dense in percent per seed.")
+
+
+def time_demo() -> tuple[float, float]:
+    """Seconds of the demonstration as a user runs it, and how far its reloaded files are from its network."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "pyrobc", "demo", "--output", folder], check=True, capture_output=True)
+        seconds = time.perf_counter() - start
+        net, rows = load(folder), load_digits().test[0]
+        onnx = onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"))
+        name = onnx.get_inputs()[0].name
+        with torch.no_grad():
+            outputs = net(rows).numpy()
+        gap = float(np.abs(outputs - onnx.run(None, {name: rows.numpy()})[0]).max())
+    return seconds, gap
 
 
 def draw() -> None:
     """Draw what the demonstration decided, and why: ``results/digits.png``."""
     import matplotlib.pyplot as plt
-    import numpy as np
 
     digits = load_digits()
     result = compress_digits(digits, DEFAULT_FAMILY, DEMO_SETTINGS[DEFAULT_FAMILY], seed=0, progress=False)
