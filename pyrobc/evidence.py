@@ -35,6 +35,7 @@ from pyrobc.scores import Score
 __all__ = ["Candidate", "Evidence", "evidence"]
 
 Floats = NDArray[np.float64]
+_SHORTEST_TAIL = 5  # ratios to which a Pareto tail is fitted at least
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Evidence:
         if hasattr(arviz, "InferenceData") and int(arviz.__version__.split(".")[0]) < 1:
             keep = ("posterior", "log_likelihood", "observed_data")
             groups = {name: self.tree[name].to_dataset() for name in keep}
-            return arviz.InferenceData(**groups)
+            return arviz.InferenceData(**groups)  # type: ignore[arg-type]
         return self.tree
 
     def to_frame(self) -> Any:
@@ -144,7 +145,9 @@ def evidence(
     corrected = False
     for removed in sizes:
         kept = _keep_all_but(score, order[:removed])
-        log_lik = torch.stack([posterior.log_likelihood(inputs, targets, d, kept) for d in draws]).double().cpu().numpy()
+        log_lik = (
+            torch.stack([posterior.log_likelihood(inputs, targets, d, kept) for d in draws]).double().cpu().numpy()
+        )
         if not is_training_data:
             elpd_i = np.logaddexp.reduce(log_lik, axis=0) - np.log(num_draws)
             fits[removed] = elpd_i, np.zeros(len(elpd_i))
@@ -228,21 +231,32 @@ def _log_ratio(posterior: Posterior, draws: list[dict[str, Tensor]], kept: Kept)
 
 
 def _ratio_khat(ratio: Floats, num_draws: int) -> tuple[float, float]:
-    _, khat = arviz_stats.base.array_stats.psislw(ratio - ratio.max())
+    _, khat = arviz_stats.base.array_stats.psislw(ratio - ratio.max())  # type: ignore[attr-defined]
     return float(khat), min(1 - 1 / np.log10(num_draws), 0.7)
 
 
 def _leave_one_out(log_lik: Floats, ratio: Floats) -> tuple[Floats, Floats]:
-    tree = arviz_base.from_dict({"posterior": {"_": ratio[None]}, "log_likelihood": {"y": log_lik[None]}})
-    with warnings.catch_warnings():  # high k-hats are counted and reported, not printed per candidate
-        warnings.simplefilter("ignore", UserWarning)
-        loo = arviz_stats.loo_approximate_posterior(tree, ratio, np.zeros_like(ratio), pointwise=True, var_name="y")
-    elpd_i, khat = (np.array(v, dtype=np.float64).ravel() for v in (loo.elpd_i, loo.pareto_k))
-    # Where draws tie (a row predicted with certainty by all) no tail can be fitted: not left out, and counted as bad.
-    is_undefined = np.isnan(elpd_i) | np.isnan(khat)
-    weights = ratio - np.logaddexp.reduce(ratio)
-    elpd_i[is_undefined] = np.logaddexp.reduce(log_lik[:, is_undefined] + weights[:, None], axis=0)
-    khat[is_undefined] = np.inf
+    r"""Expected log density of every row left out, and the k-hat of its importance ratios.
+
+    Ratios that cannot be smoothed are used as they are,
+    :math:`\ln\sum_s r_s - \ln\sum_s r_s/p(y_i|\theta_s)`.  Where the largest of them are equal (every draw predicts
+    the row with certainty) they are bounded, and k-hat is minus infinity; where the fit of the tail fails, infinity.
+    """
+    log_ratios = np.sort(ratio[:, None] - log_lik, axis=0)
+    is_bounded = log_ratios[-_SHORTEST_TAIL:][0] == log_ratios[-1]  # ArviZ refuses a tail that is all ties
+    elpd_i = np.logaddexp.reduce(ratio) - np.logaddexp.reduce(log_ratios, axis=0)
+    khat = np.full(len(elpd_i), -np.inf)
+    if not is_bounded.all():
+        left = log_lik[:, ~is_bounded]
+        tree = arviz_base.from_dict({"posterior": {"_": ratio[None]}, "log_likelihood": {"y": left[None]}})
+        with warnings.catch_warnings(), np.errstate(all="ignore"):  # high k-hats are counted and reported, not printed
+            warnings.simplefilter("ignore", UserWarning)
+            estimate: Any = arviz_stats.loo_approximate_posterior  # type: ignore[attr-defined]
+            loo = estimate(tree, ratio, np.zeros_like(ratio), pointwise=True, var_name="y")
+        smoothed, fitted = (np.array(v, dtype=np.float64).ravel() for v in (loo.elpd_i, loo.pareto_k))
+        is_undefined = np.isnan(smoothed) | np.isnan(fitted)
+        elpd_i[~is_bounded] = np.where(is_undefined, elpd_i[~is_bounded], smoothed)
+        khat[~is_bounded] = np.where(is_undefined, np.inf, fitted)
     return elpd_i, khat
 
 
