@@ -3,14 +3,14 @@ r"""From scores and evidence to a plan: prune, keep, or abstain, each with its r
 A group is pruned if its posterior log odds of being negligible exceed ``z`` Monte Carlo standard errors.  It is left
 undecided (and so kept) where the score is undefined or infinite, or where zero lies within those errors.  If held-in
 evidence is given, the cut steps back along the nested path until the reduced network's ELPD is not worse than the full
-one's by more than ``max_worse`` standard errors of the latter (the rule of Breiman et al. 1984 for choosing the simplest
-model that is as good as can be told).  The paired difference and its own, smaller, error are reported too: on rows that
+one's by more than ``max_worse`` standard errors of the latter (the rule of Breiman et al. 1984 for choosing the
+simplest model that is as good as can be told).  The paired difference and its own, smaller, error are reported too: on rows that
 were trained on, a difference can be many of *its* standard errors and still be 0.004 nats a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -29,11 +29,25 @@ Outcomes = dict[str, list[tuple[str, str]]]
 class NestedEvidence(Protocol):
     """What a decision reads of the evidence."""
 
-    candidates: Any
-    order: Any
-    method: str
-    posterior_khat: float
-    good_k: float
+    @property
+    def candidates(self) -> Sequence[Any]:
+        """The nested path, the full network among it."""
+
+    @property
+    def order(self) -> Ints:
+        """Groups from first to leave to last."""
+
+    @property
+    def method(self) -> str:
+        """How the predictive density was estimated."""
+
+    @property
+    def posterior_khat(self) -> float:
+        """k-hat of the guide against the posterior."""
+
+    @property
+    def good_k(self) -> float:
+        """Its limit."""
 
 
 def decide(

@@ -111,15 +111,26 @@ class Plan:
         return f"{group}: {block.outcomes[i]}: {block.reasons[i]} ({numbers})"
 
     def diff(self, other: Plan) -> list[str]:
-        """Where two plans for the same network differ, one line each."""
+        """Where two plans for the same network differ, one line each.
+
+        Raises:
+            PlanError: they are for different networks.
+        """
+        if dict(self.network) != dict(other.network):
+            raise PlanError(
+                "plan to compare with",
+                got="a plan for another network",
+                allowed="a plan for the same network",
+                fix="compare the two networks instead",
+            )
         lines = []
         for mine, theirs in zip(self.blocks, other.blocks, strict=True):
             for i, (a, b) in enumerate(zip(mine.outcomes, theirs.outcomes, strict=True)):
                 if a != b:
                     lines.append(f"{mine.name}[{i}]: {a} -> {b}")
-        settings = (self.rule, other.rule), (self.provenance, other.provenance)
-        for a, b in settings:
-            lines += [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+        for old, new in ((self.rule, other.rule), (self.provenance, other.provenance)):
+            changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+            lines += [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
         return lines
 
     def then(self, later: Plan) -> Plan:
@@ -228,7 +239,10 @@ def _check(plan: Plan, source: str) -> None:
 
 def _refuse(source: str, got: str) -> PlanError:
     return PlanError(
-        source, got=got, allowed=f"a plan of format {_FORMAT}, as written", fix="write it again with decide() or compress"
+        source,
+        got=got,
+        allowed=f"a plan of format {_FORMAT}, as written",
+        fix="write it again with decide() or compress",
     )
 
 

@@ -1,15 +1,15 @@
 r"""One number per group, with its unit, its error and where it came from.
 
-The default score is the log Bayes factor of a reduced prior on the group's multiplier (``bmr.reduce``).  What a decision
-needs besides is kept with it: for a reduction to an event :math:`I` (a ROPE),
+The default score is the log Bayes factor of a reduced prior on the group's multiplier (``bmr.reduce``).  What a
+decision needs besides is kept with it: for a reduction to an event :math:`I` (a ROPE),
 
 .. math::
     \Delta F = \ln Q(I) - \ln P(I), \qquad \Delta F_c = \ln\frac{1-Q(I)}{1-P(I)},
     \qquad \text{implied prior log odds} = \ln\frac{P(I)}{1-P(I)},
 
 so that posterior log odds are :math:`L = \Delta F - \Delta F_c + \ln\frac{\pi}{1-\pi}`, which for the implied
-:math:`\pi = P(I)` is :math:`\ln\frac{Q(I)}{1-Q(I)}`.  A point reduction excludes nothing: :math:`\Delta F_c = 0`, and it
-implies no odds.
+:math:`\pi = P(I)` is :math:`\ln\frac{Q(I)}{1-Q(I)}`.  A point reduction excludes nothing:
+:math:`\Delta F_c = 0`, and it implies no odds.
 """
 
 from __future__ import annotations
@@ -156,7 +156,10 @@ def score(
         reasons |= {block.name: result.reason} if result.reason else {}
     return Score(
         label=label,
-        **columns,
+        delta_f=columns["delta_f"],
+        complement=columns["complement"],
+        implied=columns["implied"],
+        mcse=columns["mcse"],
         threshold={b: _to_array(t, len(t)) for b, t in thresholds.items()},
         mean_scale={b: _to_array(s.posterior.mean, spec.block(b).size) for b, s in scales.items()},
         reasons=reasons,
@@ -184,7 +187,7 @@ def _log_mass_outside(law: Any, lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def _learn_log_odds(evidence: Floats) -> float:
-    """Expected log odds of the reduced model after a Beta-Bernoulli update, by fixed point; undefined entries skipped."""
+    """Expected log odds of the reduced model after a Beta-Bernoulli update, by fixed point; undefined ones skipped."""
     known = evidence[np.isfinite(evidence)]
     log_odds = 0.0
     for _ in range(100):
