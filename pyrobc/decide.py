@@ -4,8 +4,8 @@ A group is pruned if its posterior log odds of being negligible exceed ``z`` Mon
 undecided (and so kept) where the score is undefined or infinite, or where zero lies within those errors.  If held-in
 evidence is given, the cut steps back along the nested path until the reduced network's ELPD is not worse than the full
 one's by more than ``max_worse`` standard errors of the latter (the rule of Breiman et al. 1984 for choosing the
-simplest model that is as good as can be told).  The paired difference and its own, smaller, error are reported too: on rows that
-were trained on, a difference can be many of *its* standard errors and still be 0.004 nats a row.
+simplest model that is as good as can be told).  The paired difference and its own, smaller, error are reported too: on
+rows that were trained on, a difference can be many of *its* standard errors and still be 0.004 nats a row.
 """
 
 from __future__ import annotations

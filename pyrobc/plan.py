@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -142,6 +142,9 @@ class Plan:
             )
             for name, shape in self.network.items()
         }
+        for part in self.slices:
+            if part.role == "select" and len(part.kept) < self.network[part.tensor][part.axis]:
+                after[f"{part.tensor.removesuffix('weight')}index"] = (len(part.kept),)
         if after != dict(later.network):
             raise PlanError(
                 "plan to follow",
@@ -177,7 +180,7 @@ class Plan:
         """
         try:
             data = _decode(json.loads(text))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _refuse(source, f"text that is not JSON ({error})") from error
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             got = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -219,6 +222,13 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def _check(plan: Plan, source: str) -> None:
+    for part in (plan, *plan.blocks, *plan.slices):
+        for name, hint in get_type_hints(type(part)).items():
+            if not _conforms(getattr(part, name), hint):
+                raise _refuse(source, f"{name} {repr(getattr(part, name))[:60]}")
+    places = [(part.tensor, part.axis) for part in plan.slices]
+    if len(set(places)) < len(places) or len(plan.widths) < len(plan.blocks):
+        raise _refuse(source, "a block or a slice that is there twice")
     for block in plan.blocks:
         columns = (block.outcomes, block.reasons, block.delta_f, block.mcse, block.log_odds)
         if any(len(column) != block.size for column in columns):
@@ -233,8 +243,23 @@ def _check(plan: Plan, source: str) -> None:
         is_sorted = kept.size > 0 and kept.dtype.kind == "i" and bool((np.diff(kept) > 0).all())
         if not is_sorted or kept[0] < 0 or kept[-1] >= shape[part.axis]:
             raise _refuse(source, f"kept indices of {part.tensor!r} that are empty, not ascending or out of range")
-    if len(plan.parameters) != 2 or len(plan.macs) != 2 or plan.parameters[1] < 1:
+    if plan.parameters[1] < 1:
         raise _refuse(source, f"parameters {plan.parameters} and MACs {plan.macs}")
+
+
+def _conforms(value: Any, hint: Any) -> bool:
+    """Whether JSON data, lists as tuples, has the annotated type; a bool is no number, an int will do for a float."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        hints = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
+        return len(hints) == len(value) and all(map(_conforms, value, hints))
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(_conforms(part, parts[1]) for part in value.values())
+    if hint is Any:
+        return True
+    return isinstance(value, int | float if hint is float else hint) and not isinstance(value, bool)
 
 
 def _refuse(source: str, got: str) -> PlanError:
