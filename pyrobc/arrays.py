@@ -66,33 +66,32 @@ def read_arrays(
     return torch.from_numpy(x.astype(np.float64)).to(dtype), targets if are_labels else targets.to(dtype)
 
 
-def _read_npz(path: str) -> dict[str, Array]:
-    loaded = _load(path)
-    if not isinstance(loaded, np.lib.npyio.NpzFile):
-        raise DataError(
-            f"data {path}", got="one array", allowed="an .npz file with x and y", fix="np.savez(path, x=x, y=y)"
-        )
-    with loaded:
-        _check_names(path, loaded)
-        try:
-            return {name: loaded[name] for name in _NAMES}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise _unreadable(path, error) from error
+def _read_npz(path: str) -> Mapping[str, Array]:
+    loaded = _read(path)
+    if not isinstance(loaded, Mapping):
+        fix = "np.savez(path, x=x, y=y), or give {x: a.npy, y: b.npy}"
+        raise DataError(f"data {path}", got="one array", allowed="an .npz file with x and y", fix=fix)
+    return loaded
 
 
 def _read_npy(path: str) -> Array:
-    loaded = _load(path)
-    if isinstance(loaded, np.lib.npyio.NpzFile):
-        loaded.close()
-        raise DataError(
-            f"data {path}", got="several arrays", allowed="an .npy file", fix=f"give {path} itself as the data"
-        )
-    return np.asarray(loaded)
+    loaded = _read(path)
+    if isinstance(loaded, Mapping):
+        fix = f"give {path} itself as the data"
+        raise DataError(f"data {path}", got="several arrays", allowed="an .npy file", fix=fix)
+    return loaded
 
 
-def _load(path: str) -> Any:
+def _read(path: str) -> Mapping[str, Array] | Array:
     try:
-        return np.load(Path(path), allow_pickle=False)
+        with Path(path).open("rb") as file:  # numpy leaves a file open that is no archive after all
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                return np.asarray(loaded)
+            _check_names(path, loaded)
+            return {name: loaded[name] for name in _NAMES}
+    except DataError:
+        raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise _unreadable(path, error) from error
 

@@ -262,7 +262,8 @@ def _read_data(name: str, source: Source, config: RunConfig) -> Any:
         if callable(dataset) and not hasattr(dataset, "__getitem__"):
             with _blaming(f"data {name} {source!r}", "a callable without arguments, or a data set"):
                 dataset = dataset()
-        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        is_sized = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        if not is_sized or isinstance(dataset, torch.nn.Module):
             raise ConfigError(
                 f"data {name} {source!r}", got=type(dataset).__name__, allowed="a torch Dataset with a length",
                 fix="return one from the callable",
