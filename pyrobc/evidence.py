@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pyro.distributions import Delta
 from torch import Tensor
 
-from pyrobc.batches import as_loader, move
+from pyrobc.batches import as_loader, move, repeatable
 from pyrobc.dependency import first_tensor
 from pyrobc.errors import DataError
 from pyrobc.groups import Ints, Kept
@@ -134,7 +134,8 @@ def evidence(
             allowed="25 or more: Pareto smoothing fits a tail of at least 5",
             fix="pass num_draws=200",
         )
-    inputs, targets = _take_rows(data, posterior.model.anchor, max_rows)
+    with repeatable(data, seed):  # a loader that shuffles gives the same rows again
+        inputs, targets = _take_rows(data, posterior.model.anchor, max_rows)
     log_odds = _flat(score, score.log_odds() if _has_implied(score) else score.log_odds("learned"))
     order = np.argsort(np.where(np.isfinite(log_odds), -log_odds, np.inf), kind="stable")
     draws = [posterior.draw(seed * 100_003 + s) for s in range(num_draws)]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
+from pyrobc.batches import TensorLoader
 from pyrobc.errors import DataError
 from pyrobc.evidence import _leave_one_out, evidence
 
@@ -97,6 +98,19 @@ def test_installed_arviz_understands_it(compressed):
     arviz = pytest.importorskip("arviz")
     summary = arviz.summary(compressed.evidence.to_arviz(), var_names=["multiplier"], kind="stats")
     assert len(summary) == compressed.score.spec.num_groups
+
+
+def test_shuffled_rows_are_the_same_rows_again(compressed):
+    """A loader that shuffles from the global generator: repeated exactly, and that generator untouched."""
+    loader = TensorLoader(*compressed.data, batch_size=32)
+    before = torch.random.get_rng_state()
+    first, again = (
+        evidence(compressed.posterior, compressed.score, loader, num_draws=30, num_candidates=2, max_rows=64)
+        for _ in range(2)
+    )
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert first.candidates == again.candidates
+    assert first.tree["observed_data"].to_dataset().equals(again.tree["observed_data"].to_dataset())
 
 
 def test_no_rows_are_refused(compressed):
