@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pyrobc: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        can_resume = arguments[0] in ("demo", "compress")
+        can_resume = bool({"demo", "compress"} & set(arguments[:1]))
         hint = f"; to resume: {shlex.join(['pyrobc', *arguments])}" if can_resume else ""
         print(f"\npyrobc: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
