@@ -82,6 +82,7 @@ def compress(
     max_worse: float = 2.0,
     budget: int | None = None,
     num_draws: int = 200,
+    evidence_rows: int = 1000,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     output: str | Path | None = None,
@@ -115,6 +116,7 @@ def compress(
         max_worse: standard errors by which the reduced ELPD may fall short.
         budget: largest number of parameters.
         num_draws: posterior draws for the evidence.
+        evidence_rows: training rows it looks at; its cost is draws times rows times the networks on the path.
         device: where to compute.
         dtype: floating-point type.
         output: directory for checkpoints; an interrupted call resumes from it.
@@ -146,7 +148,9 @@ def compress(
     compact = posterior.to_module()
     for cut in range(1, max(rounds, 1) + 1):
         scored = score(posterior, reduction, epsilon=epsilon, seed=seed)
-        checked = evidence(posterior, scored, loader, num_draws=num_draws, seed=seed)
+        checked = evidence(
+            posterior, scored, loader, num_draws=num_draws, max_rows=evidence_rows, seed=seed, progress=progress
+        )
         step = decide(scored, checked, prior_odds=prior_odds, max_worse=max_worse, budget=budget)
         steps.append((scored, checked))
         plan = step if plan is None else plan.then(step)

@@ -74,6 +74,7 @@ class RunConfig:
     max_worse: float = _key("standard errors by which the reduced ELPD may fall short", 2.0)
     budget: int | None = _key("largest number of parameters", None)
     num_draws: int = _key("posterior draws for the evidence", 200)
+    evidence_rows: int = _key("training rows the evidence looks at", 1000)
     device: str | None = _key("cpu, cuda, cuda:1, ...", None)
     dtype: Literal["float32", "float64"] = _key("floating-point type", "float32")
     output: str = _key("directory for everything the run writes", "runs/compress")

@@ -1,4 +1,4 @@
-"""The demonstration: scikit-learn's handwritten digits, a 64-300-100-10 network, the whole pipeline in under a minute."""
+"""The demonstration: scikit-learn's handwritten digits, a 64-300-100-10 network, the whole pipeline in a minute."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyrobc.batches import TensorLoader
+from pyrobc.batches import TensorLoader, seeded
 from pyrobc.compress import Result, compress
-from pyrobc.posterior import seeded
 
 __all__ = ["DEMO_SETTINGS", "Digits", "build_network", "compress_digits", "load_digits", "run_demo", "train_dense"]
 
@@ -57,7 +56,7 @@ def train_dense(
             for x, y in TensorLoader(*data, batch_size):
                 loss = nn.functional.cross_entropy(net(x), y)
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
             schedule.step()
     return net.eval()

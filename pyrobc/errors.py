@@ -91,6 +91,7 @@ class MissingExtraError(PyrobcError, ImportError):
 
     @classmethod
     def of(cls, package: str, extra: str, purpose: str) -> MissingExtraError:
+        """The error for ``package``, which the extra ``extra`` installs and ``purpose`` needs."""
         return cls(
             purpose,
             got=f"no module {package!r}",

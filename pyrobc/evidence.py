@@ -23,12 +23,13 @@ import xarray as xr
 from numpy.typing import NDArray
 from pyro.distributions import Delta
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from pyrobc.batches import as_loader, move, repeatable
 from pyrobc.dependency import first_tensor
 from pyrobc.errors import DataError
 from pyrobc.groups import Ints, Kept
-from pyrobc.objective import split_laws
+from pyrobc.meanfield import slice_site
 from pyrobc.posterior import Posterior
 from pyrobc.scores import Score
 
@@ -111,6 +112,7 @@ def evidence(
     num_candidates: int = 6,
     max_rows: int = 10_000,
     seed: int = 0,
+    progress: bool = False,
 ) -> Evidence:
     """Compare the full network with nested reduced ones on rows that decisions may use.
 
@@ -123,6 +125,7 @@ def evidence(
         num_candidates: reduced networks besides the full one; the score's own choice is always among them.
         max_rows: rows used at most.
         seed: seed of the draws.
+        progress: show a progress bar for each candidate.
 
     Raises:
         DataError: no rows, or too few draws.
@@ -146,9 +149,9 @@ def evidence(
     corrected = False
     for removed in sizes:
         kept = _keep_all_but(score, order[:removed])
-        log_lik = (
-            torch.stack([posterior.log_likelihood(inputs, targets, d, kept) for d in draws]).double().cpu().numpy()
-        )
+        rows = posterior.log_likelihoods(inputs, targets, draws, kept)
+        bar = tqdm(rows, f"evidence, {removed} groups removed", num_draws, disable=not progress, unit="draw")
+        log_lik = torch.stack(list(bar)).double().cpu().numpy()
         if not is_training_data:
             elpd_i = np.logaddexp.reduce(log_lik, axis=0) - np.log(num_draws)
             fits[removed] = elpd_i, np.zeros(len(elpd_i))
@@ -211,7 +214,6 @@ def _log_ratio(posterior: Posterior, draws: list[dict[str, Tensor]], kept: Kept)
     """Log prior minus log guide of the kept sites at each draw; points are constant and left out."""
     model = posterior.model
     priors, laws = model.priors(), posterior.laws()
-    own, _ = split_laws(model, laws)
     indices = model.spec.kept_indices(kept)
     total = np.zeros(len(draws))
     with torch.no_grad():
@@ -219,15 +221,9 @@ def _log_ratio(posterior: Posterior, draws: list[dict[str, Tensor]], kept: Kept)
             if isinstance(law, Delta):
                 continue
             q, p = (getattr(d, "base_dist", d) for d in (law, priors[site]))
-            block = model.spec.by_name.get(site.rpartition(".")[0]) if site in own else None
             for s, values in enumerate(draws):
                 term = (p.log_prob(values[site]) - q.log_prob(values[site])).double().expand(values[site].shape)
-                for axis in range(term.dim()):
-                    if (site, axis) in indices:
-                        term = term.index_select(axis, torch.as_tensor(indices[site, axis], device=term.device))
-                if block is not None and site not in model.spec.parameters and term.shape == (block.size,):
-                    term = term[torch.as_tensor(kept[block.name], device=term.device)]
-                total[s] += float(term.sum())
+                total[s] += float(slice_site(site, term, model.spec, kept, indices).sum())
     return total
 
 

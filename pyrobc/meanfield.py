@@ -19,9 +19,9 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyrobc.groups import GroupSpec, Kept
+from pyrobc.groups import GroupSpec, Ints, Kept
 
-__all__ = ["Factor", "LogNormalFactor", "MeanFieldGuide", "NormalFactor", "PointFactor"]
+__all__ = ["Factor", "LogNormalFactor", "MeanFieldGuide", "NormalFactor", "PointFactor", "slice_site"]
 
 
 class Factor(nn.Module):
@@ -118,17 +118,28 @@ class MeanFieldGuide(PyroModule):
 
     def restricted(self, spec: GroupSpec, kept: Kept) -> MeanFieldGuide:
         """The guide of the network after a cut: removed groups' factors are sliced away, the rest carries over."""
-        indices = spec.kept_indices(kept)
         small = copy.deepcopy(self)
+        indices = spec.kept_indices(kept)
         for site, factor in small.by_site().items():
-            block = spec.by_name.get(site.rpartition(".")[0])
             for name, parameter in list(factor.named_parameters(recurse=False)):
-                value = parameter.detach()
-                if site in spec.parameters:
-                    for axis in range(value.dim()):
-                        if (site, axis) in indices:
-                            value = value.index_select(axis, torch.as_tensor(indices[site, axis]).to(value.device))
-                elif block is not None and value.shape == (block.size,):
-                    value = value[torch.as_tensor(kept[block.name]).to(value.device)]
+                value = slice_site(site, parameter.detach(), spec, kept, indices)
                 setattr(factor, name, nn.Parameter(value.clone()))
         return small
+
+
+def slice_site(
+    site: str, value: Tensor, spec: GroupSpec, kept: Kept, indices: Mapping[tuple[str, int], Ints]
+) -> Tensor:
+    """What a cut leaves of a tensor of a site's shape: kept rows and columns of a parameter, kept groups of a block.
+
+    ``indices`` is ``spec.kept_indices(kept)``, worked out once for many sites.
+    """
+    if site in spec.parameters:
+        for axis in range(value.dim()):
+            if (site, axis) in indices:
+                value = value.index_select(axis, torch.as_tensor(indices[site, axis], device=value.device))
+        return value
+    block = spec.by_name.get(site.rpartition(".")[0])
+    if block is not None and value.shape == (block.size,):
+        return value[torch.as_tensor(kept[block.name], device=value.device)]
+    return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +17,7 @@ from pyrobc.family import Effective, GroupScale
 from pyrobc.groups import Kept
 from pyrobc.lift import LiftedModel
 from pyrobc.lifted_layers import LiftedLayer
-from pyrobc.meanfield import MeanFieldGuide
+from pyrobc.meanfield import MeanFieldGuide, slice_site
 from pyrobc.negligible import negligible_thresholds
 from pyrobc.objective import split_laws
 
@@ -88,6 +88,21 @@ class Posterior:
         with evaluating(self.model):
             outputs = self.model.run(replace(effective, gates=gates), move(inputs, self.model.anchor))
         return self.model.likelihood.distribution(outputs, values).log_prob(move(targets, self.model.anchor))
+
+    @torch.no_grad()
+    def log_likelihoods(
+        self, inputs: Any, targets: Tensor, draws: Sequence[Mapping[str, Tensor]], kept: Kept
+    ) -> Iterator[Tensor]:
+        """The same for many draws, one after the other, computed on the cut network: the cost falls with its size."""
+        spec = self.model.spec
+        if any(len(groups) == 0 for groups in kept.values()):  # a block without groups can be masked, not cut
+            yield from (self.log_likelihood(inputs, targets, values, kept) for values in draws)
+            return
+        small = Posterior(self.model.restricted(kept), self.guide, self.num_data)
+        everything, indices = small.model.spec.everything(), spec.kept_indices(kept)
+        for values in draws:
+            left = {site: slice_site(site, value, spec, kept, indices) for site, value in values.items()}
+            yield small.log_likelihood(inputs, targets, left, everything)
 
     def restricted(self, kept: Kept) -> Posterior:
         """The posterior of the smaller network, with removed groups' factors sliced away, ready to be re-adapted."""
