@@ -181,9 +181,7 @@ def _odds_parts(scale: GroupScale, reduction: ReducedPrior, threshold: Tensor) -
 
 def _log_mass_outside(law: Any, lower: Tensor, upper: Tensor) -> Tensor:
     above = interval_log_mass(law, upper, torch.full_like(upper, torch.inf))
-    if bool((lower <= 0).all()):
-        return above
-    return torch.logaddexp(interval_log_mass(law, torch.zeros_like(lower), lower), above)
+    return torch.logaddexp(interval_log_mass(law, torch.full_like(lower, -torch.inf), lower), above)
 
 
 def _learn_log_odds(evidence: Floats) -> float:

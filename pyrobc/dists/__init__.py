@@ -6,6 +6,8 @@ from pyrobc.dists.log_normal_kl import kl_log_normal_gamma, kl_log_normal_invers
 from pyrobc.dists.matrix_normal import MatrixNormal
 from pyrobc.dists.precision import in_double
 from pyrobc.dists.restricted import Restricted
+from pyrobc.dists.scale_free import ScaleFree
+from pyrobc.dists.soft_capped import SoftCapped
 from pyrobc.dists.truncated_log_normal import TruncatedLogNormal
 from pyrobc.dists.truncated_log_uniform import TruncatedLogUniform
 
@@ -13,6 +15,8 @@ __all__ = [
     "HalfCauchyProduct",
     "MatrixNormal",
     "Restricted",
+    "ScaleFree",
+    "SoftCapped",
     "TruncatedLogNormal",
     "TruncatedLogUniform",
     "in_double",

@@ -198,7 +198,7 @@ def test_nothing_is_gained_by_reducing_to_the_prior_itself(name: str) -> None:
         gain = reduce(scale.posterior, scale.prior, scale.prior).delta_f
         assert gain.shape == (model.spec.block(block).size,)
         torch.testing.assert_close(gain, torch.zeros_like(gain), rtol=0, atol=1e-9)
-        everything = Restricted(scale.prior, torch.zeros_like(gain), torch.full_like(gain, torch.inf))
+        everything = Restricted(scale.prior, torch.full_like(gain, -torch.inf), torch.full_like(gain, torch.inf))
         gain = reduce(scale.posterior, scale.prior, everything).delta_f
         torch.testing.assert_close(gain, torch.zeros_like(gain), rtol=0, atol=1e-6)
 
