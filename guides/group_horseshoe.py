@@ -21,15 +21,21 @@ variance a quarter of the sum of the four.  Every KL is closed, in nats:
 
 Deployed weight: :math:`E[w]=\mu\,e^{m_z+v_z/2}`.
 
+With a slab of width c the horseshoe is the regularised one: weights are multiplied by
+:math:`c\,z_g/\sqrt{c^2+z_g^2}`, which is :math:`z_g` where that is small and never above c.  Sites, guide and KL stay
+as they are; the multiplier's mean is then a one-dimensional sum, and masses are those of :math:`z_g` itself.
+
 Reduction: deleting a group exactly is degenerate here (the horseshoe's density at zero is infinite, a log-normal's is
 zero), so the reduced prior is the ROPE ``z < threshold``, whose :math:`\Delta F=\ln Q-\ln P` is finite; :math:`P` is
 the law of a product of two half-Cauchys.
 
-It is *not* the regularised horseshoe (no slab), nor the log-alpha rule of the group normal-Jeffreys method.
+It is *not* the regularised horseshoe unless a slab is given, nor the log-alpha rule of the group normal-Jeffreys
+method.
 
 References:
     Louizos, Ullrich, Welling (2017), Bayesian compression for deep learning.
     Carvalho, Polson, Scott (2010), The horseshoe estimator for sparse signals.
+    Piironen, Vehtari (2017), Sparsity information and regularization in the horseshoe and other shrinkage priors.
 """
 
 from __future__ import annotations
@@ -42,7 +48,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyrobc.dists import HalfCauchyProduct
+from pyrobc.dists import HalfCauchyProduct, SoftCapped
+from pyrobc.dists.soft_capped import soft_cap
 from pyrobc.errors import FamilyError
 from pyrobc.family import Effective, Family, GroupScale, Laws, ReducedPrior, Reference, normal_prior, restrict_to
 from pyrobc.groups import GroupSpec
@@ -60,6 +67,9 @@ class GroupHorseshoe(Family):
     Args:
         global_scale: scale of the half-Cauchy prior of each block's global scale.
         initial_log_scale: where the log standard deviation of every weight starts (the paper's log variance -9).
+        slab: largest multiplier of a group (regularised horseshoe); None for no limit.
+        max_scale: largest standard deviation of the first layer's weights; None for no limit (published: 0.2 for
+            784-300-100, 0.5 for LeNet-5).
         scale_lr: multiplier of the learning rate for the scales.
         num_draws: scale draws per minibatch, each for an equal run of examples; 0 draws one per example.
     """
@@ -81,12 +91,21 @@ class GroupHorseshoe(Family):
             2010,
             "Biometrika 97(2)",
         ),
+        Reference(
+            "piironen2017sparsity",
+            "Piironen, Juho and Vehtari, Aki",
+            "Sparsity Information and Regularization in the Horseshoe and Other Shrinkage Priors",
+            2017,
+            "Electronic Journal of Statistics 11(2)",
+        ),
     )
 
     def __init__(
         self,
         global_scale: float = 1.0,
         initial_log_scale: float = -4.5,
+        slab: float | None = None,
+        max_scale: float | None = None,
         scale_lr: float = 1.0,
         num_draws: int = 0,
     ) -> None:
@@ -97,7 +116,15 @@ class GroupHorseshoe(Family):
                 allowed="a positive number",
                 fix="smaller is sparser: try 1e-2",
             )
+        if (slab is not None and slab <= 0) or (max_scale is not None and max_scale <= 0):
+            raise FamilyError(
+                f"family {self.name!r}",
+                got=f"slab={slab}, max_scale={max_scale}",
+                allowed="positive numbers, or None for no limit",
+                fix="leave them out",
+            )
         self.global_scale, self.initial_log_scale = global_scale, initial_log_scale
+        self.slab, self.max_scale = slab, max_scale
         self.scale_lr, self.num_draws = scale_lr, num_draws
 
     def prior(self, spec: GroupSpec, like: Tensor) -> dict[str, Distribution]:
@@ -123,16 +150,20 @@ class GroupHorseshoe(Family):
             factors |= {f"{block.name}.{s}": LogNormalFactor(like.new_zeros(block.size), -4.5) for s in _LOCAL}
         for factor in factors.values():
             factor.lr_scale = self.scale_lr
-        return MeanFieldGuide(
-            factors | {name: NormalFactor(start[name], self.initial_log_scale) for name in spec.parameters}
-        )
+        first = spec.layers[0].weight
+        normals = {
+            name: NormalFactor(start[name], self.initial_log_scale, self.max_scale if name == first else None)
+            for name in spec.parameters
+        }
+        return MeanFieldGuide(factors | normals)
 
     def combine(self, values: Mapping[str, Tensor], spec: GroupSpec) -> Effective:
         """The multiplier of a group is the product of its global and local scale."""
         gates = {}
         for block in spec.blocks:
             factors = [values[f"{block.name}.{site}"] for site in _GLOBAL + _LOCAL]
-            gates[block.name] = sum((f.log() for f in factors), start=torch.zeros_like(factors[-1])).mul(0.5).exp()
+            gate = sum((f.log() for f in factors), start=torch.zeros_like(factors[-1])).mul(0.5).exp()
+            gates[block.name] = self._limit(gate)
         return Effective(gates, {name: values[name] for name in spec.parameters})
 
     def draw_local(self, laws: Laws, spec: GroupSpec, num_examples: int) -> Effective:
@@ -144,7 +175,7 @@ class GroupHorseshoe(Family):
             loc_z, var_z = _log_moments([laws[f"{block.name}.{site}"].base_dist for site in _LOCAL])
             noise = torch.randn(draws + loc_z.shape, dtype=loc_z.dtype, device=loc_z.device)
             shared = torch.randn_like(loc_s)
-            gates[block.name] = (loc_s + loc_z + var_s.sqrt() * shared + var_z.sqrt() * noise).exp()
+            gates[block.name] = self._limit((loc_s + loc_z + var_s.sqrt() * shared + var_z.sqrt() * noise).exp())
         normals = {name: laws[name].base_dist for name in spec.parameters}
         drawn = {n: q.rsample() for n, q in normals.items() if spec.parameters[n].kind in ("scale", "other")}
         means = {name: normal.loc for name, normal in normals.items()} | drawn
@@ -163,8 +194,11 @@ class GroupHorseshoe(Family):
             globals_ = [laws[f"{block.name}.{site}"] for site in _GLOBAL]
             locals_ = [laws[f"{block.name}.{site}"].base_dist for site in _LOCAL]
             loc, variance = _log_moments(globals_ + locals_)
-            prior = HalfCauchyProduct(torch.full_like(loc, self.global_scale))
-            found[block.name] = GroupScale(dist.LogNormal(loc, variance.sqrt()), prior)
+            posterior: Distribution = dist.LogNormal(loc, variance.sqrt())
+            prior: Distribution = HalfCauchyProduct(torch.full_like(loc, self.global_scale))
+            if self.slab is not None:
+                posterior, prior = SoftCapped(posterior, self.slab), SoftCapped(prior, self.slab)
+            found[block.name] = GroupScale(posterior, prior)
         return found
 
     def reduced(self) -> dict[str, ReducedPrior]:
@@ -174,6 +208,9 @@ class GroupHorseshoe(Family):
             return torch.zeros_like(threshold), threshold
 
         return {"rope": restrict_to("rope", rope)}
+
+    def _limit(self, gate: Tensor) -> Tensor:
+        return gate if self.slab is None else soft_cap(gate, self.slab)
 
 
 def _log_moments(laws: list[Any]) -> tuple[Tensor, Tensor]:
