@@ -173,6 +173,7 @@ def compress(
     result = Result(compact, cast(Plan, plan), posterior, *steps[0], history, example, dense=dense or net)
     if test is not None:
         result.table = compare({"dense": result.dense, "compact": compact}, test, likelihood)
+        result.table[0]["is_as_given"] = dense is None
     return result
 
 

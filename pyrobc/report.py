@@ -96,10 +96,13 @@ def describe_measurement(result: Compression) -> str:
     if not result.table:
         return "No test data were given, so no error was measured."
     row = result.table[-1]
+    as_given = (
+        " Dense: the network as it was given, which is not trained here." if result.table[0].get("is_as_given") else ""
+    )
     threads = f"{row['threads']} thread{'s' if row['threads'] != 1 else ''}"
     return (
         f"Error with its 95% interval. Latency: median over batches of {row['latency_batch']} on {row['cpu']}, "
-        f"{threads}, both in one run."
+        f"{threads}, both in one run.{as_given}"
     )
 
 
