@@ -85,7 +85,7 @@ def decide(
         checked = _step_back(score, outcomes, evidence, max_worse, notes)
     if budget is not None:
         _meet_budget(score, log_odds, outcomes, budget, notes)
-    _refill(log_odds, outcomes, empty_block, notes)
+    _refill(score.spec, log_odds, outcomes, empty_block, notes)
     rule = {
         "reduction": score.label,
         "epsilon": score.epsilon,
@@ -157,16 +157,20 @@ def _meet_budget(
     for odds, name, i in queue:
         if score.spec.forecast(_kept(outcomes))[0] <= budget:
             break
-        remaining = sum(row[0] != "prune" for row in outcomes[name])
-        if outcomes[name][i][0] != "prune" and remaining > 1:
-            outcomes[name][i] = ("prune", f"to meet the budget of {budget} parameters (log odds {odds:.3g})")
+        before = outcomes[name][i]
+        if before[0] == "prune":
+            continue
+        outcomes[name][i] = ("prune", f"to meet the budget of {budget} parameters (log odds {odds:.3g})")
+        if score.spec.emptied(_kept(outcomes)):
+            outcomes[name][i] = before
+        else:
             added += 1
     reached = score.spec.forecast(_kept(outcomes))[0]
     if reached > budget:
         raise BudgetError(
             "budget",
             got=f"{budget} parameters",
-            allowed=f"at least {reached}, with one group left in every block",
+            allowed=f"at least {reached}, with one group left in every layer",
             fix="raise the budget or lift a smaller network",
         )
     if added:
@@ -174,21 +178,28 @@ def _meet_budget(
 
 
 def _refill(
-    log_odds: Mapping[str, NDArray[np.float64]], outcomes: Outcomes, empty_block: str, notes: list[str]
+    spec: GroupSpec,
+    log_odds: Mapping[str, NDArray[np.float64]],
+    outcomes: Outcomes,
+    empty_block: str,
+    notes: list[str],
 ) -> None:
-    for name, rows in outcomes.items():
-        if any(outcome != "prune" for outcome, _ in rows):
-            continue
+    """Give every layer that would lose all its channels its best group back."""
+    while emptied := spec.emptied(_kept(outcomes)):
+        (tensor, _), owners = min(emptied.items())
+        block = next((name for name, rows in outcomes.items() if all(row[0] == "prune" for row in rows)), None)
+        subject = f"layer of {tensor!r}" if block is None else f"block {block!r}"
+        owners = owners if block is None else [(block, i) for i in range(len(outcomes[block]))]
         if empty_block == "raise":
             raise PlanError(
-                f"block {name!r}",
-                got=f"all {len(rows)} groups pruned",
+                subject,
+                got=f"all {len(owners)} groups pruned",
                 allowed="at least one group left",
                 fix="pass empty_block='keep_best', or check whether the fit learned anything",
             )
-        best = int(np.argmin(log_odds[name]))
-        rows[best] = ("keep", "the best of a block that would otherwise be empty")
-        notes.append(f"every group of block {name!r} would have been pruned: its best one was kept")
+        name, best = min(owners, key=lambda owner: log_odds[owner[0]][owner[1]])
+        outcomes[name][best] = ("keep", f"the best of a {subject} that would otherwise be empty")
+        notes.append(f"every group of {subject} would have been pruned: its best one was kept")
 
 
 def _kept(outcomes: Outcomes) -> dict[str, Ints]:

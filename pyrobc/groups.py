@@ -154,6 +154,23 @@ class GroupSpec:
             for (name, axis), gone in removed.items()
         }
 
+    def emptied(self, kept: Kept) -> dict[tuple[str, int], list[tuple[str, int]]]:
+        """Tensor axes that ``kept`` leaves without an index, with the groups ``(block, group)`` that own them.
+
+        With concatenation a layer makes only part of a block, and can be emptied while the block is not.
+        """
+        lost = [key for key, index in self.kept_indices(kept).items() if len(index) == 0]
+        return {
+            key: [
+                (block.name, int(group))
+                for block in self.blocks
+                for member in block.members
+                if (member.parameter, member.axis) == key
+                for group in np.flatnonzero(np.diff(member.ptr))
+            ]
+            for key in lost
+        }
+
     def selecting(self) -> set[str]:
         """Weights whose columns read input features: their layers must select what is kept."""
         return {m.parameter for block in self.blocks if block.is_input for m in block.members}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyrobc.errors import GroupError
 from pyrobc.groups import GroupSpec, Ints, Kept
 
 __all__ = ["SelectLinear", "call_network", "mask_groups", "slice_groups", "slice_tensors"]
@@ -62,7 +63,19 @@ def mask_groups(net: nn.Module, spec: GroupSpec, kept: Kept) -> nn.Module:
 
 
 def slice_groups(net: nn.Module, spec: GroupSpec, kept: Kept) -> nn.Module:
-    """Copy ``net`` with removed groups gone: a physically smaller ordinary module."""
+    """Copy ``net`` with removed groups gone: a physically smaller ordinary module.
+
+    Raises:
+        GroupError: a layer would lose every channel.
+    """
+    emptied = spec.emptied(kept)
+    if emptied:
+        raise GroupError(
+            "groups to keep",
+            got=f"none in {', '.join(sorted({name for name, _ in emptied}))}",
+            allowed="at least one channel in every layer",
+            fix="keep one of the groups that own it",
+        )
     return slice_tensors(net, spec.kept_indices(kept), spec.selecting())
 
 

@@ -5,11 +5,13 @@ import copy
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyrobc.dependency import trace_groups
+from pyrobc.errors import GroupError
 from pyrobc.groups import GroupSpec, Kept
 from pyrobc.slicing import SelectLinear, call_network, mask_groups, slice_groups
 
@@ -103,8 +105,13 @@ def shake(net: nn.Module, draw: st.DrawFn) -> nn.Module:
 
 
 def some_kept(spec: GroupSpec, seed: int) -> dict[str, np.ndarray]:
+    """A random cut that leaves every layer at least one channel."""
     rng = np.random.default_rng(seed)
-    return {b.name: np.sort(rng.permutation(b.size)[: rng.integers(1, b.size + 1)]) for b in spec.blocks}
+    kept = {b.name: np.sort(rng.permutation(b.size)[: rng.integers(1, b.size + 1)]) for b in spec.blocks}
+    while emptied := spec.emptied(kept):
+        block, group = next(iter(emptied.values()))[0]
+        kept[block] = np.union1d(kept[block], [group])
+    return kept
 
 
 def assert_masked_equals_cut(net: nn.Module, spec: GroupSpec, kept: Kept, x: object) -> nn.Module:
@@ -198,3 +205,19 @@ def test_cut_layers_say_what_they_are() -> None:
     assert (small[2].num_features, small[5].in_features, small[5].out_features) == (2, 8, 2)
     frozen = net.requires_grad_(False)
     assert not any(p.requires_grad for p in slice_groups(frozen, spec, {"0": np.array([0])}).parameters())
+
+
+def test_a_layer_may_be_emptied_while_its_block_is_not() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1), Concatenate(3, 2), nn.Conv2d(5, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1)
+    )
+    net = nn.Sequential(*net[:2], Residual(5, 2), *net[2:])
+    spec = trace_groups(net, torch.randn(2, 2, 4, 4))
+    block = next(b for b in spec.blocks if any(m.parameter == "1.branch.weight" and m.axis == 0 for m in b.members))
+    branch = next(m for m in block.members if m.parameter == "1.branch.weight" and m.axis == 0)
+    kept = spec.everything() | {block.name: np.flatnonzero(np.diff(branch.ptr) == 0)}
+    emptied = spec.emptied(kept)
+    assert ("1.branch.weight", 0) in emptied
+    assert emptied["1.branch.weight", 0] == [(block.name, int(g)) for g in np.flatnonzero(np.diff(branch.ptr))]
+    with pytest.raises(GroupError, match=r"groups to keep.*branch.*at least one channel"):
+        slice_groups(net, spec, kept)
