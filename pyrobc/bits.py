@@ -144,7 +144,7 @@ def published_rates(
 
 
 def count_layer_weights(widths: Sequence[int], areas: Sequence[int] | None = None) -> list[int]:
-    """Weights per layer of a chain, ``widths[l] * widths[l + 1] * areas[l]``; ``areas`` (of kernels) are 1 by default."""
+    """Weights per layer of a chain, ``widths[l] * widths[l + 1] * areas[l]``; areas of kernels are 1 by default."""
     kernel = [1] * (len(widths) - 1) if areas is None else list(areas)
     return [a * b * k for a, b, k in zip(widths[:-1], widths[1:], kernel, strict=True)]
 
