@@ -10,9 +10,10 @@ machine rounds alike:
 * *uniform*, for low-order bits.
 * *mask*, which entries of a matrix are not zero.  With probabilities :math:`p_r, p_c, p_x` seen so far in the entry's
   row, its column, and after the same neighbours, and :math:`p` overall, the odds are multiplied as if row, column and
-  neighbours were independent given the entry, :math:`o = o_r\, o_c\, o_x / o^2`.  Each estimate is shrunk to
-  :math:`p` by a few pseudo-counts.  Neighbours of an entry lie in its row, at column positions one and ``width``
-  less: for input pixels and kernels of that width, the pixel to the left and the one above.
+  neighbours were independent given the entry, :math:`o = o_r\, o_c\, o_x / o^2`.  Estimates are shrunk to :math:`p`:
+  lines by three ones and as many zeros as go with them, neighbourhoods by two entries.  Neighbours of an entry lie in
+  its row, at column positions less by 1, ``width + 1``, ``width`` and ``width - 1``: for input pixels, and kernels, of
+  that width these are the four already seen among the eight around it.  There are none if ``width`` is 0.
 
 The models are handed to the coder as explicit float tables (float32 for alphabets): integers plus one half, exact
 below 2\ :sup:`23`, so that both sides see the same table.
@@ -49,7 +50,7 @@ MAX_MASK = 2**18
 MAX_STEPS = 2**20
 """Entries of all masks of a file: a second or two."""
 _MAX_COUNT = 2**22
-_SHRINK = 2.0
+_LINE_ONES, _NEAR_ALL = 3.0, 2.0
 _FLOOR = 2.0**-12
 
 _model: Any = constriction.stream.model
@@ -83,13 +84,13 @@ class _MaskModel:
     """Probability of the next entry of a matrix, row by row."""
 
     def __init__(self, positions: Ints, width: int) -> None:
-        self.left, self.up = _neighbours(positions, width)
-        # Ones and all, as floats: overall, this row, each column, each of the four neighbourhoods.
+        self.neighbours = _neighbours(positions, width) if width > 1 else None
+        # Ones and all, as floats: overall, this row, each column, each of the sixteen neighbourhoods.
         self.ones, self.all = 0.5, 1.0
         self.row_ones = self.row_all = 0.0
         self.column_ones = [0.0] * len(positions)
         self.num_rows = 0
-        self.near_ones, self.near_all = [0.0] * 4, [0.0] * 4
+        self.near_ones, self.near_all = [0.0] * 16, [0.0] * 16
         self.row = [0] * (len(positions) + 1)  # the last entry stands for a neighbour that there is not
 
     def start_row(self) -> None:
@@ -98,19 +99,24 @@ class _MaskModel:
     def end_row(self) -> None:
         self.num_rows += 1
 
+    def neighbourhood(self, column: int) -> int:
+        if self.neighbours is None:
+            return 0
+        (a, b, c, d), row = self.neighbours[column], self.row
+        return 8 * row[a] + 4 * row[b] + 2 * row[c] + row[d]
+
     def predict(self, column: int) -> float:
         overall = self.ones / self.all
-        prior = _SHRINK * overall
-        near = 2 * self.row[self.left[column]] + self.row[self.up[column]]
-        row = (self.row_ones + prior) / (self.row_all + _SHRINK)
-        col = (self.column_ones[column] + prior) / (self.num_rows + _SHRINK)
-        ctx = (self.near_ones[near] + prior) / (self.near_all[near] + _SHRINK)
+        near = self.neighbourhood(column)
+        row = (self.row_ones + _LINE_ONES) / (self.row_all + _LINE_ONES / overall)
+        col = (self.column_ones[column] + _LINE_ONES) / (self.num_rows + _LINE_ONES / overall)
+        ctx = (self.near_ones[near] + _NEAR_ALL * overall) / (self.near_all[near] + _NEAR_ALL)
         yes = row * col * ctx * (1.0 - overall) * (1.0 - overall)
         no = (1.0 - row) * (1.0 - col) * (1.0 - ctx) * overall * overall
         return min(max(yes / (yes + no), _FLOOR), 1.0 - _FLOOR)
 
     def see(self, column: int, bit: int) -> None:
-        near = 2 * self.row[self.left[column]] + self.row[self.up[column]]
+        near = self.neighbourhood(column)
         self.row[column] = bit
         self.ones += bit
         self.all += 1.0
@@ -121,12 +127,11 @@ class _MaskModel:
         self.near_all[near] += 1.0
 
 
-def _neighbours(positions: Ints, width: int) -> tuple[list[int], list[int]]:
-    """Columns at position - 1 and position - ``width``, -1 where there is none; all -1 for width 0."""
+def _neighbours(positions: Ints, width: int) -> list[tuple[int, int, int, int]]:
+    """Columns left of each column, and above it to the left, right above and to the right; -1 where there is none."""
     column = {int(position): j for j, position in enumerate(positions)}
-    if width == 0:
-        return [-1] * len(positions), [-1] * len(positions)
-    return [column.get(int(p) - 1, -1) for p in positions], [column.get(int(p) - width, -1) for p in positions]
+    offsets = (1, width + 1, width, width - 1)
+    return [tuple(column.get(int(p) - offset, -1) for offset in offsets) for p in positions]  # type: ignore[misc]
 
 
 def _predict_mask(mask: NDArray[np.bool_], positions: Ints, width: int) -> NDArray[np.float64]:
