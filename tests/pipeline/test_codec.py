@@ -202,7 +202,10 @@ def test_bytes_are_those_of_the_first_release() -> None:
     assert codec.encode(codec.decode(bytes.fromhex(GOLDEN)), bits=grid)[0].hex() == GOLDEN
 
 
-GOLDEN = ""
+GOLDEN = (
+    "5242430134b601fd0003035809a301000e12040e030422180d0802090203029a9999be9a99993e010000003f52c7280ca0111740c9a29b"
+    "4602642b34642e645c0233d33f505e9d4174df6af0ccb77d57fdb20a665cbdb61af7b1d7ea3789d89d1ea07a90cb27948e"
+)
 
 
 @pytest.mark.parametrize("alphabet", [2, 3, 15, 200])
