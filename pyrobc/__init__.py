@@ -22,6 +22,7 @@ from pyrobc._version import __version__
 
 if TYPE_CHECKING:
     from pyrobc import bmr as bmr
+    from pyrobc import codec as codec
     from pyrobc import dists as dists
     from pyrobc import families as families
     from pyrobc import models as models
@@ -54,7 +55,7 @@ _PUBLIC = {
     "fit": "fit", "lift": "lift", "load": "export", "read_plan": "plan", "save": "export", "score": "scores",
     "write_report": "report",
 }  # fmt: skip
-_PACKAGES = ("bmr", "dists", "families", "models")
+_PACKAGES = ("bmr", "codec", "dists", "families", "models")
 
 __all__ = ["__version__", *_PUBLIC, *_PACKAGES]  # noqa: PLE0604  (checked by a test)
 

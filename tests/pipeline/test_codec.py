@@ -19,8 +19,8 @@ import pytest
 import torch
 from torch import nn
 
-from pyrobc import codec
-from pyrobc.codec_streams import SymbolReader, SymbolWriter, adaptive_cost, mask_cost
+from pyrobc.codec import rbc as codec
+from pyrobc.codec.streams import SymbolReader, SymbolWriter, adaptive_cost, mask_cost
 from pyrobc.errors import OutputError
 from pyrobc.slicing import SelectLinear
 
@@ -454,7 +454,7 @@ FUZZ = """
 import random, warnings, zlib
 import torch
 from torch import nn
-from pyrobc import codec
+from pyrobc.codec import rbc as codec
 from pyrobc.errors import PyrobcError
 from pyrobc.slicing import SelectLinear
 
@@ -515,7 +515,7 @@ if peak() - before > 2 * legal:
 
 MEMORY = """
 import torch
-from pyrobc import codec
+from pyrobc.codec import rbc as codec
 
 torch.manual_seed(0)
 net = torch.nn.Linear(2048, 2048, bias=False)

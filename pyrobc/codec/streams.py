@@ -30,7 +30,7 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from pyrobc.codec_format import damaged
+from pyrobc.codec.format import damaged
 
 __all__ = [
     "MAX_ALPHABET", "MAX_CLASS", "MAX_MASK", "MAX_WIDTH", "PIECE", "SymbolReader", "SymbolWriter", "adaptive_cost",

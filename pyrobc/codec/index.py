@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
-from pyrobc.codec_format import MAX_VARINT, ByteReader, ByteWriter, damaged
-from pyrobc.codec_streams import MAX_CLASS, MAX_MASK, MAX_WIDTH, SymbolReader, SymbolWriter, classes_cost, mask_cost
+from pyrobc.codec.format import MAX_VARINT, ByteReader, ByteWriter, damaged
+from pyrobc.codec.streams import MAX_CLASS, MAX_MASK, MAX_WIDTH, SymbolReader, SymbolWriter, classes_cost, mask_cost
 
 __all__ = ["IndexForm", "read_index", "take_index", "write_index"]
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyrobc.bits import round_to_grid
-from pyrobc.codec_format import MAX_VARINT, ByteReader, ByteWriter, damaged, is_finite
-from pyrobc.codec_streams import (
+from pyrobc.codec.format import MAX_VARINT, ByteReader, ByteWriter, damaged, is_finite
+from pyrobc.codec.streams import (
     MAX_ALPHABET,
     MAX_CLASS,
     MAX_MASK,

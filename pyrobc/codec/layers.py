@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyrobc.codec_format import MAX_VARINT, ByteReader, ByteWriter, damaged
+from pyrobc.codec.format import MAX_VARINT, ByteReader, ByteWriter, damaged
 from pyrobc.errors import OutputError
 from pyrobc.slicing import SelectLinear
 

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from pyrobc.codec_format import ByteReader, ByteWriter, damaged
-from pyrobc.codec_index import IndexForm, read_index, take_index, write_index
-from pyrobc.codec_layers import SEQUENTIAL, build_layer, describe_layer, read_layer, write_layer
-from pyrobc.codec_streams import MAX_WIDTH, SymbolReader, SymbolWriter
-from pyrobc.codec_tensors import Form, choose_form, read_form, take_tensor, write_tensor
+from pyrobc.codec.format import ByteReader, ByteWriter, damaged
+from pyrobc.codec.index import IndexForm, read_index, take_index, write_index
+from pyrobc.codec.layers import SEQUENTIAL, build_layer, describe_layer, read_layer, write_layer
+from pyrobc.codec.streams import MAX_WIDTH, SymbolReader, SymbolWriter
+from pyrobc.codec.tensors import Form, choose_form, read_form, take_tensor, write_tensor
 from pyrobc.errors import OutputError
 from pyrobc.slicing import SelectLinear
 

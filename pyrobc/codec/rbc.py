@@ -19,7 +19,7 @@ varints 0, 1, 2, 3, ...  Floats are IEEE, little endian.
 
 **Node.**  One byte: 0, a ``Sequential`` with the names 0, 1, 2, ..., then a varint with the number of children and
 the children; 128, one with other names: the number, then for each child its name (varint with its length, UTF-8) and
-itself. Else a layer: its number in ``codec_layers.LAYERS``, plus 128 if settings differ from their defaults; required
+itself. Else a layer: its number in ``codec.layers.LAYERS``, plus 128 if settings differ from their defaults; required
 settings; if 128 was added, a byte whose bit ``i`` says that optional setting ``i`` follows, and those.  Then the
 headers of its tensors, in this order: the index of a ``SelectLinear``, ``num_batches_tracked`` as a varint, weight,
 bias, running mean and variance.
@@ -42,7 +42,7 @@ form          then
 
 **Stream.**  The symbols of all tensors, in the order of their headers, as one sequence of the range coder of the
 library ``constriction`` (``queue.RangeEncoder``; 32-bit words, most significant byte first, zero bytes at the end
-left out), under the models of ``codec_streams``.  A tensor is a matrix, one row for each output (one row in all for
+left out), under the models of ``codec.streams``.  A tensor is a matrix, one row for each output (one row in all for
 vectors), and its numbers are integers: multiples of the step, or positions in the book counted from that of zero, if
 it has zero. *Masked*: the mask of what is not zero, then those integers; else all integers.  *Direct*: one adaptive
 alphabet from the smallest integer to the largest, zero left out if masked.  *By class*: an adaptive alphabet of bit
@@ -67,9 +67,9 @@ import numpy as np
 from torch import nn
 
 from pyrobc.checkpoint import write_atomically
-from pyrobc.codec_format import damaged
-from pyrobc.codec_nodes import GRIDDED, NodeReader, NodeWriter
-from pyrobc.codec_tensors import MAX_EXPONENT
+from pyrobc.codec.format import damaged
+from pyrobc.codec.nodes import GRIDDED, NodeReader, NodeWriter
+from pyrobc.codec.tensors import MAX_EXPONENT
 from pyrobc.errors import OutputError, suggest
 
 __all__ = ["Packing", "decode", "encode", "pack", "unpack"]
@@ -97,7 +97,7 @@ def pack(
     """Write ``net`` as an ``.rbc`` file, whole or not at all.
 
     Args:
-        net: float32 network built of the layers of ``codec_layers.LAYERS``; it is not changed.
+        net: float32 network built of the layers of ``codec.layers.LAYERS``; it is not changed.
         path: the file.
         bits: fractional bits ``t``, a grid of step ``2^-t``: for the weights and biases of all linear and convolutional
             layers, or by name of the state dict.  Tensors without one keep every number.
