@@ -37,6 +37,7 @@ from pyrobc.posterior import Posterior
 __all__ = ["Score", "score"]
 
 Floats = NDArray[np.float64]
+_SMALLEST_LOG_MASS = -700.0
 PriorOdds = Literal["implied", "learned"] | float
 
 
@@ -180,8 +181,10 @@ def _odds_parts(scale: GroupScale, reduction: ReducedPrior, threshold: Tensor) -
 
 
 def _log_mass_outside(law: Any, lower: Tensor, upper: Tensor) -> Tensor:
+    """Log mass outside an interval, not below that of the smallest number: surer than that says nothing more."""
     above = interval_log_mass(law, upper, torch.full_like(upper, torch.inf))
-    return torch.logaddexp(interval_log_mass(law, torch.full_like(lower, -torch.inf), lower), above)
+    outside = torch.logaddexp(interval_log_mass(law, torch.full_like(lower, -torch.inf), lower), above)
+    return outside.clamp_min(_SMALLEST_LOG_MASS)
 
 
 def _learn_log_odds(evidence: Floats) -> float:
