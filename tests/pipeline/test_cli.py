@@ -142,7 +142,7 @@ WRONG = {
     "compress --config run.yaml --data.train nosuch.npz": "no such file",
     "compress --config run.yaml --model_args.out_features 1": "0 to 0, as the network has 1 outputs",
     "compress --config run.yaml --model_args.in_features 7": "fix: ",
-    "compress --config run.yaml --budget 3": "with one group left in every block",
+    "compress --config run.yaml --budget 3": "with one group left in every layer",
     "compress --config run.yaml --output train.npz": "a directory that can be written",
     "doctor --all": "unknown|option",
 }
