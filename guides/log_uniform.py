@@ -21,6 +21,8 @@ Reduced priors of a gate:
 * ``rope``: the prior restricted to ``theta < threshold``; :math:`\Delta F = \ln Q - \ln P` of that event;
 * ``spike``: all mass at :math:`e^{a}`; :math:`\Delta F = \ln q_x(a)(b-a)`, the limit of BMRS_N as its width goes to 0;
 * ``uniform8``, ``uniform4``: log-uniform on :math:`[2^{-23}, 2^{-8}]`, :math:`[2^{-23}, 2^{-4}]` (BMRS_U).
+  As published, gates below :math:`2^{-23}` lie outside and count as needed; and with implied prior odds a decision asks
+  for :math:`Q > 1/2`, not for the published :math:`Q \ge P`.
 
 It is *not* variational dropout (whose improper log-uniform prior has no Bayes factor), nor a spike-and-slab: gates
 shrink, and the decision to remove one is taken afterwards.

@@ -64,7 +64,11 @@ def count_rows(loader: Any) -> int:
         DataError: there are none.
     """
     dataset: Any = getattr(loader, "dataset", None)
-    rows = len(dataset) if hasattr(dataset, "__len__") else sum(len(batch[1]) for batch in loader)
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, torch.utils.data.SubsetRandomSampler):
+        rows = len(sampler)
+    else:
+        rows = len(dataset) if hasattr(dataset, "__len__") else sum(len(batch[1]) for batch in loader)
     if rows == 0:
         raise DataError("data", got="no rows", allowed="at least one row", fix="check the path and the split")
     return rows

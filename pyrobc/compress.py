@@ -149,7 +149,14 @@ def compress(
     for cut in range(1, max(rounds, 1) + 1):
         scored = score(posterior, reduction, epsilon=epsilon, seed=seed)
         checked = evidence(
-            posterior, scored, loader, num_draws=num_draws, max_rows=evidence_rows, seed=seed, progress=progress
+            posterior,
+            scored,
+            loader,
+            prior_odds=prior_odds,
+            num_draws=num_draws,
+            max_rows=evidence_rows,
+            seed=seed,
+            progress=progress,
         )
         step = decide(scored, checked, prior_odds=prior_odds, max_worse=max_worse, budget=budget)
         steps.append((scored, checked))

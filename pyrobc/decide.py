@@ -24,6 +24,7 @@ from pyrobc.scores import PriorOdds, Score
 __all__ = ["decide"]
 
 Outcomes = dict[str, list[tuple[str, str]]]
+_MANY_BAD_ROWS = 0.5
 
 
 class NestedEvidence(Protocol):
@@ -83,9 +84,12 @@ def decide(
         notes.append("no held-in evidence was given: the score alone decided")
     else:
         checked = _step_back(score, outcomes, evidence, max_worse, notes)
+    _refill(score.spec, log_odds, outcomes, empty_block, notes)
     if budget is not None:
         _meet_budget(score, log_odds, outcomes, budget, notes)
-    _refill(score.spec, log_odds, outcomes, empty_block, notes)
+    temperature = score.provenance.get("temperature", 1.0)
+    if temperature != 1.0:
+        notes.append(f"the KL was weighted {temperature:g}: scores are log Bayes factors of a tempered likelihood")
     rule = {
         "reduction": score.label,
         "epsilon": score.epsilon,
@@ -102,8 +106,8 @@ def _judge(score: Score, log_odds: Mapping[str, NDArray[np.float64]], z: float) 
     for block in score.spec.blocks:
         rows = []
         for odds, mcse in zip(log_odds[block.name], score.mcse[block.name], strict=True):
-            if np.isnan(odds) or odds == np.inf:
-                why = score.reasons.get(block.name, "") or f"log odds of {odds}"
+            if np.isnan(odds) or odds == np.inf or not np.isfinite(mcse):
+                why = score.reasons.get(block.name, "") or f"log odds of {odds}, MCSE {mcse}"
                 rows.append(("abstain", f"undefined: {why}"))
             elif abs(odds) <= z * mcse:
                 rows.append(("abstain", f"log odds {odds:.3g} within {z:g} x MCSE {mcse:.3g} of zero"))
@@ -118,26 +122,36 @@ def _judge(score: Score, log_odds: Mapping[str, NDArray[np.float64]], z: float) 
 def _step_back(
     score: Score, outcomes: Outcomes, evidence: NestedEvidence, max_worse: float, notes: list[str]
 ) -> dict[str, Any]:
-    """Undo the least certain removals until the candidate is predictively no worse; return what was checked."""
+    """Undo the removals that no passing candidate covers, the least certain ones; return what was checked."""
     wanted = sum(row[0] == "prune" for rows in outcomes.values() for row in rows)
-    allowed = [c for c in evidence.candidates if c.num_removed <= wanted]
-    full = min(evidence.candidates, key=lambda c: c.num_removed)
-    # a difference that is not a number never passes; the full network always does
-    passing = [full, *(c for c in allowed if c.diff >= -max_worse * full.se)]
+    path = sorted(evidence.candidates, key=lambda c: c.num_removed)
+    full = path[0]
+    # up to the first candidate that removes all that is wanted; a difference that is not a number never passes
+    beyond = [c for c in path if c.num_removed >= wanted][:1]
+    pool = [c for c in path if c.num_removed < wanted] + beyond
+    passing = [full, *(c for c in pool if c.diff >= -max_worse * full.se)]
     chosen = max(passing, key=lambda c: c.num_removed)
-    largest = max(allowed, key=lambda c: c.num_removed)
-    if chosen.num_removed < largest.num_removed:
-        ranks = np.argsort(evidence.order)
-        starts = dict(zip(outcomes, np.cumsum([0, *map(len, outcomes.values())]), strict=False))
-        for name, rows in outcomes.items():
-            for i, (outcome, _) in enumerate(rows):
-                if outcome == "prune" and ranks[starts[name] + i] >= chosen.num_removed:
-                    rows[i] = (
-                        "abstain",
-                        f"kept back: removing {largest.num_removed} groups costs {-largest.diff:.3g} nats of ELPD, "
-                        f"not known to be within {max_worse:g} x SE {full.se:.3g}",
-                    )
-        notes.append(f"stepped back from {largest.num_removed} to {chosen.num_removed} groups removed")
+    failing = next((c for c in pool if c.num_removed > chosen.num_removed), None)
+    why = "kept back: no candidate that removes it was checked"
+    if failing is not None:
+        why = (
+            f"kept back: removing {failing.num_removed} groups costs {-failing.diff:.3g} nats of ELPD, "
+            f"not known to be within {max_worse:g} x SE {full.se:.3g}"
+        )
+    ranks = np.argsort(evidence.order)
+    starts = dict(zip(outcomes, np.cumsum([0, *map(len, outcomes.values())]), strict=False))
+    uncovered = [
+        (name, i)
+        for name, rows in outcomes.items()
+        for i, (outcome, _) in enumerate(rows)
+        if outcome == "prune" and ranks[starts[name] + i] >= chosen.num_removed
+    ]
+    for name, i in uncovered:
+        outcomes[name][i] = ("abstain", why)
+    if uncovered:
+        notes.append(f"stepped back from {wanted} to {wanted - len(uncovered)} groups removed")
+    if chosen.khat_bad > _MANY_BAD_ROWS:
+        notes.append(f"leave-one-out is unreliable: k-hat is high on {chosen.khat_bad:.0%} of the rows checked")
     if evidence.posterior_khat > evidence.good_k:
         notes.append(
             f"the guide does not cover the posterior (k-hat {evidence.posterior_khat:.2f} > {evidence.good_k:.2f}): "

@@ -23,6 +23,7 @@ import xarray as xr
 from numpy.typing import NDArray
 from pyro.distributions import Delta
 from torch import Tensor
+from torch.distributions import Independent
 from tqdm.auto import tqdm
 
 from pyrobc.batches import as_loader, move, repeatable
@@ -31,7 +32,7 @@ from pyrobc.errors import DataError
 from pyrobc.groups import Ints, Kept
 from pyrobc.meanfield import slice_site
 from pyrobc.posterior import Posterior
-from pyrobc.scores import Score
+from pyrobc.scores import PriorOdds, Score
 
 __all__ = ["Candidate", "Evidence", "evidence"]
 
@@ -108,6 +109,7 @@ def evidence(
     data: Any,
     *,
     is_training_data: bool = True,
+    prior_odds: PriorOdds | None = None,
     num_draws: int = 200,
     num_candidates: int = 6,
     max_rows: int = 10_000,
@@ -121,6 +123,7 @@ def evidence(
         score: log odds that order the groups.
         data: loader or pair of arrays; never the test set.
         is_training_data: whether the fit saw these rows; then leave-one-out corrects for it.
+        prior_odds: those that ``decide`` will use (``Score.log_odds``); ``implied`` if None, ``learned`` for a point.
         num_draws: posterior draws.
         num_candidates: reduced networks besides the full one; the score's own choice is always among them.
         max_rows: rows used at most.
@@ -139,7 +142,8 @@ def evidence(
         )
     with repeatable(data, seed):  # a loader that shuffles gives the same rows again
         inputs, targets = _take_rows(data, posterior.model.anchor, max_rows)
-    log_odds = _flat(score, score.log_odds() if _has_implied(score) else score.log_odds("learned"))
+    odds: PriorOdds = prior_odds or ("implied" if _has_implied(score) else "learned")
+    log_odds = _flat(score, score.log_odds(odds))
     order = np.argsort(np.where(np.isfinite(log_odds), -log_odds, np.inf), kind="stable")
     draws = [posterior.draw(seed * 100_003 + s) for s in range(num_draws)]
     weight = posterior.num_data / len(targets)
@@ -220,7 +224,7 @@ def _log_ratio(posterior: Posterior, draws: list[dict[str, Tensor]], kept: Kept)
         for site, law in laws.items():
             if isinstance(law, Delta):
                 continue
-            q, p = (getattr(d, "base_dist", d) for d in (law, priors[site]))
+            q, p = (d.base_dist if isinstance(d, Independent) else d for d in (law, priors[site]))
             for s, values in enumerate(draws):
                 term = (p.log_prob(values[site]) - q.log_prob(values[site])).double().expand(values[site].shape)
                 total[s] += float(slice_site(site, term, model.spec, kept, indices).sum())

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from pyrobc._version import __version__
 from pyrobc.batches import as_loader, check_batch, count_rows, move, repeatable
 from pyrobc.checkpoint import read_checkpoint, write_checkpoint
+from pyrobc.dists import interval_log_mass
 from pyrobc.errors import FitError, suggest
 from pyrobc.lift import LiftedModel
 from pyrobc.meanfield import MeanFieldGuide
@@ -240,7 +241,9 @@ def _look(run: _Run, inputs: Any, targets: Tensor) -> dict[str, float]:
     thresholds = negligible_thresholds(model.spec, mean, rms, DEFAULT_EPSILON)
     stay = math.nan
     if not any(bool(threshold.isnan().any()) for threshold in thresholds.values()):
-        stay = sum(float((1 - scales[b].posterior.cdf(t.to(model.anchor))).sum()) for b, t in thresholds.items())
+        stay = sum(
+            float((1 - interval_log_mass(scales[b].posterior, -t, t).exp()).sum()) for b, t in thresholds.items()
+        )
     with evaluating(model):
         error = model.likelihood.loss(model.run(mean, inputs), targets).mean()
     return {"error": float(error), "groups": stay}

@@ -92,6 +92,10 @@ class LiftedModel(PyroModule):
         for name in self._shared & variances.keys():  # uses of one weight share its noise, which pre-activations do not
             spread = variances.pop(name).sqrt()
             parameters[name] = parameters[name] + spread * torch.randn_like(spread)
+        for weight, bias in self._names.values():  # noise reaches pre-activations through the weight's variance only
+            if bias in variances and weight not in variances:
+                spread = variances.pop(bias).sqrt()
+                parameters[bias] = parameters[bias] + spread * torch.randn_like(spread)
         others = {name: parameters[name] for name in self._others if name in parameters}
         for path, layer in self._layers:
             weight, bias = self._names[path]

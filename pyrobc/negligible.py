@@ -4,8 +4,8 @@ Group ``g`` of a block feeds a layer through columns :math:`W_{:,i}, i \in g`, t
 inputs with root mean square :math:`r_i`.  Its standard contribution to the layer's pre-activations and its share are
 
 .. math::
-    c_g^2 = \sum_{i\in g} r_i^2 \sum_j E[w_{ji}^2], \qquad
-    \text{share}_g = z_g\, c_g / T,\quad T^2 = \sum_i E[z_{g(i)}]^2\, r_i^2 \sum_j E[w_{ji}^2],
+    c_g^2 = \sum_{i\in g} r_i^2 \sum_j E[w_{ji}]^2, \qquad
+    \text{share}_g = z_g\, c_g / T,\quad T^2 = \sum_i E[z_{g(i)}]^2\, r_i^2 \sum_j E[w_{ji}]^2,
 
 so ``share < epsilon`` is the event :math:`z_g < \epsilon T / c_g`: the ROPE.  With several readers the smallest
 threshold counts.  A threshold is capped where the ROPE would hold more than 99% of the prior, so that a group which
@@ -14,12 +14,14 @@ carries nothing at all still has finite odds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyrobc.dists import interval_log_mass
 from pyrobc.family import Effective
 from pyrobc.groups import GroupSpec
 
@@ -42,7 +44,7 @@ def negligible_thresholds(
 
     Args:
         spec: the groups.
-        mean: posterior mean of gates and parameters, with variances of the latter where they have any.
+        mean: posterior mean of gates and parameters: the network that is deployed, which carries no noise.
         input_rms: root mean square of every input channel of each reading layer, by weight path; ones if absent.
         epsilon: the largest negligible share.
         priors: prior law of the multipliers, by block, for the cap; None for no cap.
@@ -73,18 +75,16 @@ def negligible_thresholds(
 
 
 def _column_power(weight: str, mean: Effective, input_rms: Mapping[str, Tensor]) -> Tensor:
-    second = mean.parameters[weight].detach().double().square()
-    if weight in mean.variances:
-        second = second + mean.variances[weight].detach().double()
-    power = second.transpose(0, 1).flatten(1).sum(1)
+    power = mean.parameters[weight].detach().double().square().transpose(0, 1).flatten(1).sum(1)
     return power * input_rms[weight].double().square() if weight in input_rms else power
 
 
 def _prior_cap(prior: Distribution, like: Tensor) -> Tensor:
-    """The multiplier with prior probability 0.99 below it, by bisection on its logarithm."""
+    """The size of multiplier with prior probability 0.99 below it, by bisection on its logarithm."""
     low, high = torch.full_like(like, -50.0), torch.full_like(like, 50.0)
+    log_mass = math.log(_LARGEST_PRIOR_MASS)
     for _ in range(60):
         middle = (low + high) / 2
-        is_below = prior.cdf(middle.exp()).double() < _LARGEST_PRIOR_MASS
+        is_below = interval_log_mass(prior, -middle.exp(), middle.exp()) < log_mass
         low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
     return low.exp()

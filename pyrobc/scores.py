@@ -22,10 +22,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import digamma, expit
 from torch import Tensor
 
-from pyrobc.bmr import reduce
+from pyrobc.bmr import learn_inclusion, reduce
 from pyrobc.dependency import first_tensor
 from pyrobc.dists import interval_log_mass
 from pyrobc.errors import ReductionError, suggest
@@ -188,16 +187,11 @@ def _log_mass_outside(law: Any, lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def _learn_log_odds(evidence: Floats) -> float:
-    """Expected log odds of the reduced model after a Beta-Bernoulli update, by fixed point; undefined ones skipped."""
-    known = evidence[np.isfinite(evidence)]
-    log_odds = 0.0
-    for _ in range(100):
-        pruned = expit(known + log_odds).sum()
-        new = float(digamma(1 + pruned) - digamma(1 + len(known) - pruned))
-        if abs(new - log_odds) < 1e-10:
-            break
-        log_odds = new
-    return log_odds
+    """Learned prior log odds of the reduced model, nats; zero where nothing is defined."""
+    prices = torch.as_tensor(evidence)
+    if not bool((~prices.isnan() & (prices < torch.inf)).any()):
+        return 0.0
+    return -float(learn_inclusion(prices, max_steps=100_000).log_odds)
 
 
 def _to_array(value: Tensor, size: int) -> Floats:
@@ -214,6 +208,7 @@ def _provenance(posterior: Posterior) -> dict[str, Any]:
         "seed": posterior.seed,
         "epochs": len(posterior.history),
         "num_data": posterior.num_data,
+        "temperature": posterior.history[-1]["temperature"] if posterior.history else 1.0,
         "input_shape": list(example.shape[1:]),
         "versions": {p: version(p) for p in ("pyrobc", "torch", "pyro-ppl", "numpy")},
         "references": [r.bibtex() for r in model.family.references],

@@ -42,6 +42,7 @@ from pyrobc.errors import ReductionError, suggest
 __all__ = ["Site", "SiteReader", "keep_global_state"]
 
 _NUM_PROBES = 3  # traces compared to find laws that depend on other latent sites
+_NUM_DISCRETE_PROBES = 200  # the same, where a latent site is discrete: a value of probability 0.05 is missed by 1e-5
 
 
 @contextmanager
@@ -112,6 +113,8 @@ class SiteReader:
         elif isinstance(guide, AutoLaplaceApproximation):
             self.guide = guide.laplace_approximation(*args, **self.kwargs)
         self._probes = [self._trace(i) for i in range(_NUM_PROBES)]
+        if any(_is_discrete(node) for node in self._probes[0][1].nodes.values()):  # a rare value may change a prior
+            self._probes += [self._trace(i) for i in range(_NUM_PROBES, _NUM_DISCRETE_PROBES)]
         nodes = self._probes[0][1].nodes
         self.latent = [
             name
@@ -224,6 +227,11 @@ class SiteReader:
         elif not any(n["type"] == "sample" and n["infer"].get("is_auxiliary") for n in traces[0].nodes.values()):
             raise _refuse_point(name, "Delta")
         return None, None, None
+
+
+def _is_discrete(node: Any) -> bool:
+    is_latent = node["type"] == "sample" and not node["is_observed"] and not site_is_subsample(node)
+    return is_latent and bool(node["fn"].support.is_discrete)
 
 
 def _refuse_point(name: str, got: str) -> ReductionError:

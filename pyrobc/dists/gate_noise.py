@@ -57,9 +57,10 @@ class _DrawGates(torch.autograd.Function):
 
 def draw_gates(loc: Tensor, log_scale: Tensor, low: float, high: float, num_draws: int) -> Tensor:
     """Draws of gates, ``[num_draws, groups]``, from locations in ``[low, high]``, both ``[groups]``."""
-    # A uniform of b bits is a multiple of 2^-b; half a step more keeps it off zero, and its mean at one half.
+    # A uniform of b bits is a multiple of 2^-b: half a step more keeps it off zero.  Its largest value would round to
+    # one, whose quantile is infinite.
     step = 2.0**-25 if loc.dtype == torch.float32 else 2.0**-54
-    u = torch.rand(num_draws, *loc.shape, dtype=loc.dtype, device=loc.device) + step
+    u = (torch.rand(num_draws, *loc.shape, dtype=loc.dtype, device=loc.device) + step).clamp_(max=1 - 2 * step)
     return _DrawGates.apply(loc, log_scale, low, high, u)  # type: ignore[no-any-return]
 
 

@@ -124,3 +124,13 @@ def test_other_supports_are_served() -> None:
     )
     torch.testing.assert_close(gate_kl(loc, log_scale, -4.0, 1.0), exact)
     assert float(draw_gates(loc, log_scale, -4.0, 1.0, 500).max()) > 1.0
+
+
+def test_the_largest_uniform_has_a_finite_gradient(monkeypatch):
+    """Half a step more than the largest float32 below one would round to one, whose quantile is infinite."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, device: torch.full(shape, 1 - 2.0**-24, dtype=dtype))
+    loc = torch.full((3,), -1.0, requires_grad=True)
+    log_scale = torch.full((3,), -4.0, requires_grad=True)
+    draw_gates(loc, log_scale, -20.0, 0.0, 5).sum().backward()
+    assert torch.isfinite(loc.grad).all() and torch.isfinite(log_scale.grad).all()
+    assert float(loc.grad.abs().max()) < 100

@@ -117,3 +117,27 @@ def test_rule_is_in_the_plan(mlp_spec, by_hand):
 def test_real_decision_keeps_what_made_the_labels(compressed):
     assert compressed.plan.kept()["input"] == [0, 1]
     assert compressed.plan.parameters[1] < compressed.plan.parameters[0] / 3
+
+
+def test_removals_that_no_candidate_covers_are_kept_back(mlp_spec, by_hand):
+    """Other odds than the evidence was made with may want more, or fewer, than any candidate removes."""
+    order = [16, 17, 18, *range(16), 19, 20]
+    scored = by_hand(mlp_spec, odds(b2=[9, 8, 7, 6, -3]))
+    plan = decide(scored, nested(order, (0, 0.0), (2, -1.0)))
+    assert outcomes(plan, "2") == ("prune", "prune", "abstain", "abstain", "keep")
+    assert "no candidate that removes it" in plan.blocks[2].reasons[2]
+    fewer = by_hand(mlp_spec, odds(b2=[9, -8, -7, -6, -3]))
+    assert outcomes(decide(fewer, nested(order, (0, 0.0), (3, -1e4))), "2")[0] == "abstain"
+    assert outcomes(decide(fewer, nested(order, (0, 0.0), (3, -1.0))), "2")[0] == "prune"
+
+
+def test_budget_counts_the_groups_that_are_given_back(mlp_spec, by_hand):
+    emptied = odds(b2=[3, 4, 2, 5, 6])
+    free = decide(by_hand(mlp_spec, emptied))
+    plan = decide(by_hand(mlp_spec, emptied), budget=free.parameters[1] - 5)
+    assert plan.parameters[1] <= free.parameters[1] - 5
+    assert plan.kept()["2"] == [2]
+
+
+def test_unknown_monte_carlo_error_abstains(mlp_spec, by_hand):
+    assert outcomes(decide(by_hand(mlp_spec, odds(b2=[3, 3, 3, -3, -3]), mcse=np.nan)), "2")[0] == "abstain"

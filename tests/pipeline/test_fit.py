@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from pyrobc.batches import TensorLoader, seeded
+from pyrobc.batches import TensorLoader, count_rows, seeded
 from pyrobc.errors import DataError, FitError, PyrobcError
 from pyrobc.fit import fit
 from pyrobc.lift import LiftedModel, lift
@@ -297,3 +297,9 @@ def test_loaders_of_tensors_cover_every_row_once() -> None:
     assert len(loader) == 3 and [len(b) for b in seen] == [4, 4, 2]
     assert sorted(torch.cat(seen).tolist()) == list(range(10)) and torch.cat(seen).tolist() != list(range(10))
     assert torch.equal(torch.cat([b for b, _ in TensorLoader(x, x, 4, shuffle=False)]), x)
+
+
+def test_a_subset_sampler_counts_what_it_draws() -> None:
+    data = torch.utils.data.TensorDataset(torch.randn(64, 3), torch.zeros(64).long())
+    sampler = torch.utils.data.SubsetRandomSampler(range(20))
+    assert count_rows(torch.utils.data.DataLoader(data, batch_size=8, sampler=sampler)) == 20

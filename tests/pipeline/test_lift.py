@@ -1,6 +1,7 @@
 """The lifted network computes the network, and local draws have the moments of weight draws."""
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -253,3 +254,15 @@ def test_unknown_names_suggest_the_nearest() -> None:
         lift(build(4, (3,), 2), "loguniform", "categorical", x)
     with pytest.raises(ConfigError, match="did you mean 'categorical'"):
         lift(build(4, (3,), 2), "log_uniform", "categorial", x)
+
+
+def test_a_frozen_weight_leaves_its_bias_the_noise_it_has() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    net[2].weight.requires_grad_(False)
+    model = lift(net, "group_normal_jeffreys", "categorical", torch.randn(2, 3))
+    guide = model.new_guide()
+    with torch.no_grad():
+        guide.by_site()["2.bias"].log_scale.fill_(1.0)
+        effective = model.family.draw_local(guide.distributions(), model.spec, 6)
+        outputs = torch.stack([model.run(effective, torch.zeros(6, 3)) for _ in range(400)])
+    assert float(outputs.std(0).mean()) == pytest.approx(math.e, rel=0.15)

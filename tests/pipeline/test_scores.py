@@ -95,3 +95,14 @@ def test_larger_epsilon_never_raises_the_number_kept(compressed):
         for e in (1e-4, 1e-3, 1e-2, 1e-1)
     ]
     assert kept == sorted(kept, reverse=True)
+
+
+def test_learned_odds_count_groups_that_must_stay(mlp_spec, by_hand):
+    """Ninety needed groups say that most are needed, whether their price is large or infinite."""
+    from pyrobc.scores import _learn_log_odds
+
+    some = np.full(10, 0.3)
+    finite = _learn_log_odds(np.concatenate([np.full(90, -1e4), some]))
+    assert _learn_log_odds(np.concatenate([np.full(90, -np.inf), some])) == pytest.approx(finite)
+    assert finite < -3
+    assert _learn_log_odds(np.full(4, np.nan)) == 0.0

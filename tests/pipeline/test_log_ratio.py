@@ -1,0 +1,32 @@
+"""The importance ratio of the evidence against the densities of the sites themselves."""
+
+import numpy as np
+import pytest
+import torch
+from pyro.distributions import Delta
+from torch import nn
+
+from pyrobc.evidence import _log_ratio
+from pyrobc.family import families
+from pyrobc.lift import lift
+from pyrobc.posterior import Posterior
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "normal", "bernoulli"])
+@pytest.mark.parametrize("family", list(families()))
+def test_log_ratio_is_that_of_the_sites(family, likelihood):
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    model = lift(net, family, likelihood, torch.randn(2, 4))
+    posterior = Posterior(model, model.new_guide(), num_data=10)
+    draws = [posterior.draw(seed) for seed in range(4)]
+    priors, laws = model.priors(), posterior.laws()
+    with torch.no_grad():
+        expected = [
+            sum(
+                float(priors[name].log_prob(values[name]) - law.log_prob(values[name]))
+                for name, law in laws.items()
+                if not isinstance(law, Delta)
+            )
+            for values in draws
+        ]
+    np.testing.assert_allclose(_log_ratio(posterior, draws, model.spec.everything()), expected, rtol=1e-4)
