@@ -21,10 +21,13 @@ from typing import TYPE_CHECKING, Any
 from pyrobc._version import __version__
 
 if TYPE_CHECKING:
+    from pyrobc import bits as bits
     from pyrobc import bmr as bmr
     from pyrobc import codec as codec
     from pyrobc import dists as dists
+    from pyrobc import errors as errors
     from pyrobc import families as families
+    from pyrobc import guides as guides
     from pyrobc import models as models
     from pyrobc.compare import compare as compare
     from pyrobc.compress import Result as Result
@@ -55,7 +58,7 @@ _PUBLIC = {
     "fit": "fit", "lift": "lift", "load": "export", "read_plan": "plan", "save": "export", "score": "scores",
     "write_report": "report",
 }  # fmt: skip
-_PACKAGES = ("bmr", "codec", "dists", "families", "models")
+_PACKAGES = ("bits", "bmr", "codec", "dists", "errors", "families", "guides", "models")
 
 __all__ = ["__version__", *_PUBLIC, *_PACKAGES]  # noqa: PLE0604  (checked by a test)
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrobc.dependency import describe_inputs, first_tensor
 from pyrobc.errors import DataError
+from pyrobc.slicing import call_network
 
-__all__ = ["TensorLoader", "as_loader", "check_batch", "count_rows", "move", "repeatable", "seeded"]
+__all__ = ["TensorLoader", "as_loader", "check_batch", "check_rows", "count_rows", "move", "repeatable", "seeded"]
 
 
 class TensorLoader:
@@ -82,6 +83,24 @@ def move(value: Any, anchor: Tensor) -> Any:
     if isinstance(value, Mapping):
         return {key: move(part, anchor) for key, part in value.items()}
     return tuple(move(part, anchor) for part in value)
+
+
+def check_rows(data: Any, net: nn.Module, check_targets: Callable[[Tensor, Tensor], None], example_inputs: Any) -> None:
+    """Refuse rows that ``net`` or a likelihood cannot take, before time is spent on a fit.
+
+    Raises:
+        DataError: no rows, NaN, other shapes than the example's, or targets that the likelihood cannot have produced.
+    """
+    loader = as_loader(data, batch_size=1024, shuffle=False)
+    count_rows(loader)
+    was_training, anchor = net.training, next(iter(net.parameters()))
+    net.eval()
+    with torch.no_grad(), repeatable(loader, 0):
+        for batch in loader:
+            inputs, targets = move(batch[0], anchor), move(batch[1], anchor)
+            check_batch(inputs, targets, example_inputs)
+            check_targets(targets, first_tensor(call_network(net, inputs)))
+    net.train(was_training)
 
 
 def check_batch(inputs: Any, targets: Tensor, example_inputs: Any) -> None:

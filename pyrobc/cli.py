@@ -135,8 +135,8 @@ def _run_compress(options: Namespace, command: list[str]) -> int:
     from pyrobc.compress import compress
 
     settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    write_atomically(folder / "run.yaml", lambda path: _write(path, settings))
     result = compress(**arguments, progress=sys.stderr.isatty())
+    write_atomically(folder / "run.yaml", lambda path: _write(path, settings))
     _finish(result, folder, command)
     return 0
 

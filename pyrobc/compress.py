@@ -11,18 +11,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyrobc.batches import as_loader, check_batch, move
+from pyrobc.batches import as_loader, check_batch, check_rows, count_rows, move
 from pyrobc.compare import compare
 from pyrobc.decide import decide
+from pyrobc.errors import ConfigError, check_kind, suggest
 from pyrobc.evidence import Evidence, evidence
 from pyrobc.family import Family, make_family
 from pyrobc.fit import fit
 from pyrobc.lift import lift
-from pyrobc.likelihoods import Likelihood
+from pyrobc.likelihoods import Likelihood, make_likelihood
 from pyrobc.negligible import DEFAULT_EPSILON
 from pyrobc.plan import Plan
 from pyrobc.posterior import Posterior
 from pyrobc.scores import PriorOdds, Score, score
+from pyrobc.settings import check_settings
 from pyrobc.surgery import apply
 
 __all__ = ["Result", "compress"]
@@ -122,12 +124,24 @@ def compress(
         output: directory for checkpoints; an interrupted call resumes from it.
         progress: show progress bars.
     """
+    check_settings(
+        epochs=epochs, seed=seed, lr=lr, temperature=temperature, warmup_epochs=warmup_epochs, clip_norm=clip_norm,
+        batch_size=batch_size, patience=patience, validation=validation,
+    )  # fmt: skip
+    check_kind(net, nn.Module, "network", "a torch.nn.Module", "pass the network itself, not its class or name")
     chosen = make_family(family, **dict(family_args or {}))
+    _check_choices(chosen, reduction, epsilon, prior_odds, num_draws, evidence_rows, readapt_epochs, rounds, max_worse)
+    law = make_likelihood(likelihood)
     loader = as_loader(data, batch_size=batch_size)
+    count_rows(loader)
+    anchor = next(iter(net.parameters()))
     first_inputs, first_targets = next(iter(as_loader(data, batch_size=batch_size, shuffle=False)))[:2]
-    example = _first_row(first_inputs) if example_inputs is None else example_inputs
+    example = move(_first_row(first_inputs) if example_inputs is None else example_inputs, anchor)
     check_batch(first_inputs, first_targets, example)
-    model = lift(net, chosen, likelihood, example)
+    model = lift(net, chosen, law, example)
+    for rows in (validation, test):
+        if rows is not None:
+            check_rows(rows, net, law.check, example)
     settings: dict[str, Any] = {
         "seed": seed, "lr": lr, "temperature": temperature, "clip_norm": clip_norm, "device": device,
         "dtype": dtype, "progress": progress, "validation": validation, "patience": patience,
@@ -146,7 +160,7 @@ def compress(
     steps: list[tuple[Score, Evidence]] = []
     plan: Plan | None = None
     compact = posterior.to_module()
-    for cut in range(1, max(rounds, 1) + 1):
+    for cut in range(1, rounds + 1):
         scored = score(posterior, reduction, epsilon=epsilon, seed=seed)
         checked = evidence(
             posterior,
@@ -182,6 +196,36 @@ def compress(
         result.table = compare({"dense": result.dense, "compact": compact}, test, likelihood)
         result.table[0]["is_as_given"] = dense is None
     return result
+
+
+def _check_choices(
+    family: Family,
+    reduction: str | None,
+    epsilon: float,
+    prior_odds: PriorOdds,
+    num_draws: int,
+    evidence_rows: int,
+    readapt_epochs: int | None,
+    rounds: int,
+    max_worse: float,
+) -> None:
+    """Refuse before the fit what scoring, evidence or the decision would refuse after it."""
+    known = family.reduced()
+    is_odds = prior_odds in ("implied", "learned") or (not isinstance(prior_odds, str) and 0 < prior_odds < 1)
+    rules = (
+        ("reduction", reduction, reduction is None or reduction in known, ", ".join(known)),
+        ("epsilon", epsilon, 0 < epsilon < 1, "a share between 0 and 1"),
+        ("prior_odds", prior_odds, is_odds, "implied, learned, or a probability between 0 and 1"),
+        ("num_draws", num_draws, num_draws >= 25, "25 or more"),
+        ("evidence_rows", evidence_rows, evidence_rows >= 2, "2 or more"),
+        ("readapt_epochs", readapt_epochs, readapt_epochs is None or readapt_epochs >= 0, "0 or more, or None"),
+        ("rounds", rounds, rounds >= 1, "1 or more"),
+        ("max_worse", max_worse, max_worse >= 0, "0 or more standard errors"),
+    )
+    for name, value, is_fine, allowed in rules:
+        if not is_fine:
+            fix = suggest(str(value), known) if name == "reduction" else "leave it out for the default"
+            raise ConfigError(name, got=repr(value), allowed=allowed, fix=fix)
 
 
 def _anneal(epochs: int) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pyrobc.errors import BudgetError, PlanError
+from pyrobc.errors import BudgetError, ConfigError, PlanError
 from pyrobc.groups import GroupSpec, Ints
 from pyrobc.plan import BlockPlan, Plan, SlicePlan
 from pyrobc.scores import PriorOdds, Score
@@ -76,6 +76,13 @@ def decide(
         BudgetError: the budget cannot be met.
         PlanError: a block would be emptied and ``empty_block="raise"``.
     """
+    if not (z >= 0 and max_worse >= 0) or empty_block not in ("keep_best", "raise"):
+        raise ConfigError(
+            "decision rule",
+            got=f"z={z}, max_worse={max_worse}, empty_block={empty_block!r}",
+            allowed="z and max_worse from 0, empty_block 'keep_best' or 'raise'",
+            fix="leave them out for the defaults",
+        )
     log_odds = score.log_odds(prior_odds)
     outcomes = _judge(score, log_odds, z)
     notes: list[str] = []

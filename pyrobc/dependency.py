@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyrobc.errors import GroupError
+from pyrobc.errors import GroupError, check_kind
 from pyrobc.groups import Block, GroupSpec, Layer, Member, ParameterInfo
 from pyrobc.slicing import call_network, mask_groups, slice_groups
 
@@ -39,6 +39,7 @@ def trace_groups(net: nn.Module, example_inputs: Any, *, prune_inputs: bool = Tr
     Raises:
         GroupError: the network fails on the example, cannot be traced, or has no prunable group.
     """
+    check_kind(net, nn.Module, "network", "a torch.nn.Module", "pass the network itself, not its class or name")
     twin = copy.deepcopy(net).eval()
     for p in twin.parameters():
         if p.is_floating_point():

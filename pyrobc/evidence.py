@@ -142,7 +142,7 @@ def evidence(
         )
     with repeatable(data, seed):  # a loader that shuffles gives the same rows again
         inputs, targets = _take_rows(data, posterior.model.anchor, max_rows)
-    odds: PriorOdds = prior_odds or ("implied" if _has_implied(score) else "learned")
+    odds: PriorOdds = ("implied" if _has_implied(score) else "learned") if prior_odds is None else prior_odds
     log_odds = _flat(score, score.log_odds(odds))
     order = np.argsort(np.where(np.isfinite(log_odds), -log_odds, np.inf), kind="stable")
     draws = [posterior.draw(seed * 100_003 + s) for s in range(num_draws)]

@@ -21,12 +21,13 @@ from pyrobc._version import __version__
 from pyrobc.batches import as_loader, check_batch, count_rows, move, repeatable
 from pyrobc.checkpoint import read_checkpoint, write_checkpoint
 from pyrobc.dists import interval_log_mass
-from pyrobc.errors import FitError, suggest
+from pyrobc.errors import CheckpointError, FitError, check_kind
 from pyrobc.lift import LiftedModel
 from pyrobc.meanfield import MeanFieldGuide
 from pyrobc.negligible import DEFAULT_EPSILON, negligible_thresholds
 from pyrobc.objective import Loss, fast_loss, split_laws, traced_loss
 from pyrobc.posterior import Posterior, evaluating, measure_input_rms
+from pyrobc.settings import check_settings, describe_batch, describe_schedule
 
 __all__ = ["fit"]
 
@@ -129,7 +130,11 @@ def fit(
     Raises:
         DataError, FitError, CheckpointError, OutputError: see the message.
     """
-    _check_settings(epochs, seed, temperature, patience, validation, path)
+    check_settings(
+        epochs=epochs, seed=seed, lr=lr, temperature=temperature, warmup_epochs=warmup_epochs, clip_norm=clip_norm,
+        batch_size=batch_size, patience=patience, validation=validation, path=path,
+    )  # fmt: skip
+    check_kind(model, LiftedModel, "model", "what bc.lift returns", "pass bc.lift(net, family, likelihood, x[:1])")
     model = model.to(device=device, dtype=dtype)
     guide = (guide or model.new_guide()).to(model.anchor)
     loader = as_loader(data, batch_size=batch_size)
@@ -149,15 +154,27 @@ def fit(
         "dtype": str(model.anchor.dtype),
         "seed": seed,
         "optimizer": [type(chosen).__name__, *(float(group["lr"]) for group in chosen.param_groups)],
-        "schedule": type(run.schedule).__name__,
+        "schedule": describe_schedule(run.schedule),
         "temperature": [temperature, warmup_epochs],
         "clip_norm": clip_norm,
         "path": path,
         "rows": [num_data, getattr(loader, "batch_size", None)],
     }
     target = Path(checkpoint) if checkpoint else None
+    if target is not None:
+        with repeatable(loader, seed):
+            batch = next(iter(loader))
+        check_batch(batch[0], batch[1], model.example_inputs)
+        identity["data"] = describe_batch(batch)
     if target is not None and target.exists():
         run.load(read_checkpoint(target, identity))
+        if run.epoch > epochs:
+            raise CheckpointError(
+                f"checkpoint {target}",
+                got=f"{run.epoch} epochs, more than the {epochs} asked for",
+                allowed="a checkpoint of a run that is not longer",
+                fix="ask for as many epochs, or remove the checkpoint to start again",
+            )
     loss = _LOSSES[path](model, guide, num_data)
     bar = tqdm(total=epochs, initial=run.epoch, desc=f"fit {model.family.name}", disable=not progress, unit="epoch")
     with pyro.get_param_store().scope(), bar:
@@ -290,25 +307,3 @@ def _step_schedule(schedule: torch.optim.lr_scheduler.LRScheduler | None, number
         schedule.step(numbers.get("validation_loss", -numbers["elbo"]))
     elif schedule is not None:
         schedule.step()
-
-
-def _check_settings(
-    epochs: int, seed: int, temperature: float, patience: int | None, validation: Any, path: str
-) -> None:
-    if epochs < 1:
-        raise FitError("epochs", got=str(epochs), allowed="1 or more", fix="pass epochs=60, for instance")
-    if seed < 0:
-        raise FitError("seed", got=str(seed), allowed="0 or more", fix="pass seed=0, for instance")
-    if path not in _LOSSES:
-        raise FitError("path", got=repr(path), allowed=", ".join(_LOSSES), fix=suggest(path, _LOSSES))
-    if not temperature > 0:
-        raise FitError(
-            "temperature", got=str(temperature), allowed="a positive weight of the KL", fix="1.0 is the ELBO"
-        )
-    if patience is not None and validation is None:
-        raise FitError(
-            "early stopping",
-            got=f"patience={patience} without validation data",
-            allowed="patience together with validation",
-            fix="pass validation=loader",
-        )

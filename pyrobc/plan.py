@@ -243,8 +243,10 @@ def _check(plan: Plan, source: str) -> None:
         is_sorted = kept.size > 0 and kept.dtype.kind == "i" and bool((np.diff(kept) > 0).all())
         if not is_sorted or kept[0] < 0 or kept[-1] >= shape[part.axis]:
             raise _refuse(source, f"kept indices of {part.tensor!r} that are empty, not ascending or out of range")
-    if plan.parameters[1] < 1:
-        raise _refuse(source, f"parameters {plan.parameters} and MACs {plan.macs}")
+    if not plan.blocks or not plan.slices:
+        raise _refuse(source, "no blocks or no slices")
+    if not (1 <= plan.parameters[1] <= plan.parameters[0] and 0 <= plan.macs[1] <= plan.macs[0]):
+        raise _refuse(source, f"parameters {plan.parameters} and MACs {plan.macs}, which do not fall")
 
 
 def _conforms(value: Any, hint: Any) -> bool:

@@ -91,7 +91,7 @@ class Score:
             return {b: value + self.implied[b] for b, value in evidence.items()}
         if prior_odds == "learned":
             return {b: value + _learn_log_odds(value) for b, value in evidence.items()}
-        if not 0 < float(prior_odds) < 1:
+        if isinstance(prior_odds, str) or not 0 < prior_odds < 1:
             raise ReductionError(
                 "prior odds", got=repr(prior_odds), allowed="'implied', 'learned', or a probability", fix="pass 0.5"
             )

@@ -48,6 +48,7 @@ def apply(plan: Plan, target: nn.Module | Fitted, *, example_inputs: Any = None)
     _check_network(plan, net)
     indices = {(part.tensor, part.axis): np.asarray(part.kept) for part in plan.slices}
     small = slice_tensors(net, indices, {part.tensor for part in plan.slices if part.role == "select"}).eval()
+    _check_size(plan, net, small)
     small.requires_grad_(True)
     inputs = _probe(plan, net) if example_inputs is None else example_inputs
     with torch.no_grad():
@@ -58,7 +59,7 @@ def apply(plan: Plan, target: nn.Module | Fitted, *, example_inputs: Any = None)
             "cut network",
             got=f"outputs that differ from the masked network's by {gap:.3g}",
             allowed=f"a relative difference up to {TOLERANCE:g}",
-            fix="report the architecture; until then list the block in left_alone by lifting with another example",
+            fix="check that the plan was made for this architecture, and report it if so",
         )
     return small
 
@@ -75,6 +76,19 @@ def mask(plan: Plan, net: nn.Module) -> nn.Module:
             gone = np.setdiff1d(np.arange(tensor.shape[part.axis]), part.kept)
             tensor.index_fill_(part.axis, torch.as_tensor(gone, device=tensor.device), 0.0)
     return masked
+
+
+def _check_size(plan: Plan, net: nn.Module, small: nn.Module) -> None:
+    """The slices must leave as many trainable parameters as the plan says."""
+    trainable = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    before, after = (sum(dict(n.named_parameters())[name].numel() for name in trainable) for n in (net, small))
+    if before == plan.parameters[0] and after != plan.parameters[1]:
+        raise PlanError(
+            "plan",
+            got=f"slices that leave {after} parameters",
+            allowed=f"slices that leave the {plan.parameters[1]} it announces",
+            fix="write it again with decide() or compress",
+        )
 
 
 def _check_network(plan: Plan, net: nn.Module) -> None:

@@ -38,7 +38,7 @@ __all__ = ["score"]
 
 def score(
     model: Callable[..., Any],
-    guide: Callable[..., Any] | None = None,
+    guide: Callable[..., Any] | Mapping[str, Tensor] | None = None,
     *,
     reduced: Mapping[str, Distribution | ReducedRule],
     args: tuple[Any, ...] = (),
@@ -59,8 +59,8 @@ def score(
             from the prior to one, such as ``lambda prior: Restricted(prior, -0.1, 0.1)``.  ``Delta(v)`` deletes.
         args: positional arguments of model and guide.
         kwargs: keyword arguments of both.
-        posterior: instead of a guide, draws: a dict of site name to tensor with draws first, or an MCMC object.  The
-            error reported takes the draws as independent.
+        posterior: instead of a guide, draws: a dict of site name to tensor with draws first, or an MCMC object.  A dict
+            may also stand in the guide's place.  The error reported takes the draws as independent.
         joint: change all priors at once and return one row; default each batch element of each site by itself.
         num_draws: draws from the guide for reductions without a closed form; 0 refuses them.
         seed: of those draws.  The global random state is left as it was.
@@ -86,6 +86,8 @@ def score(
     """
     if not reduced:
         raise ReductionError("reduced", got="an empty mapping", allowed="at least one site", fix="{'site': prior}")
+    if isinstance(guide, Mapping):  # draws in the guide's place
+        guide, posterior = None, guide
     with keep_global_state(seed):
         reader = SiteReader(model, guide, posterior, args, kwargs or {})
         sites = [reader.read(name) for name in reduced]

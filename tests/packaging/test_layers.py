@@ -25,6 +25,7 @@ LAYERS = {
         "negligible",
         "objective",
         "posterior",
+        "settings",
     },
     2: {"scores", "evidence", "decide", "plan"},
     3: {
