@@ -100,9 +100,14 @@ def interrupted(here, monkeypatch, capsys):
         if count[0] == 4:
             signal.raise_signal(signal.SIGINT)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(fit, "write_checkpoint", write_and_interrupt)
-        assert main(["compress", "--config", "run.yaml"]) == cli.INTERRUPTED == 130
+    # a shell starts what runs in the background with the signal ignored, and Python then keeps it so
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(fit, "write_checkpoint", write_and_interrupt)
+            assert main(["compress", "--config", "run.yaml"]) == cli.INTERRUPTED == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     return capsys.readouterr().err
 
 
