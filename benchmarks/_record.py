@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pyrobc.compare import describe_cpu
+
 RESULTS = Path(__file__).parent / "results"
 
 
-def name_cpu() -> str:
-    """The processor's name, as the operating system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """A short name for one run, from the facts that make it that run."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_result(name: str, rows: list[dict[str, Any]], *, seeds: list[int], notes: str) -> None:
@@ -30,7 +30,7 @@ def write_result(name: str, rows: list[dict[str, Any]], *, seeds: list[int], not
         "command": f"python -m benchmarks.{name}",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "machine": {
-            "cpu": name_cpu(),
+            "cpu": describe_cpu(),
             "system": f"{platform.system()} {platform.machine()}",
             "threads": torch.get_num_threads(),
         },

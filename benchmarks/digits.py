@@ -21,8 +21,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from benchmarks._record import RESULTS, write_result
-from pyrobc.checkpoint import fingerprint
+from benchmarks._record import RESULTS, fingerprint, write_result
 from pyrobc.compare import measure_error
 from pyrobc.decide import decide
 from pyrobc.demo import DEFAULT_FAMILY, DEMO_SETTINGS, build_network, compress_digits, load_digits

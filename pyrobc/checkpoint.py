@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -18,7 +17,7 @@ import torch
 
 from pyrobc.errors import CheckpointError, OutputError
 
-__all__ = ["fingerprint", "read_checkpoint", "write_atomically", "write_checkpoint"]
+__all__ = ["read_checkpoint", "write_atomically", "write_checkpoint", "write_text"]
 
 _FORMAT = 1
 _FULL_DISK = ("write", "iostream", "unexpected pos")  # what torch's writers say in a RuntimeError
@@ -34,11 +33,6 @@ _UNREADABLE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-
-
-def fingerprint(identity: Mapping[str, Any]) -> str:
-    """A short hash of JSON-able facts that must agree before a checkpoint may be resumed."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -68,6 +62,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """``write_atomically`` for text."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_checkpoint(path: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:

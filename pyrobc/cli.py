@@ -131,12 +131,12 @@ def _run_compress(options: Namespace, command: list[str]) -> int:
     _check_writable(folder)
     import yaml
 
-    from pyrobc.checkpoint import write_atomically
+    from pyrobc.checkpoint import write_text
     from pyrobc.compress import compress
 
     settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
     result = compress(**arguments, progress=sys.stderr.isatty())
-    write_atomically(folder / "run.yaml", lambda path: _write(path, settings))
+    write_text(folder / "run.yaml", settings)
     _finish(result, folder, command)
     return 0
 
@@ -185,14 +185,14 @@ COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace, lis
 
 def _finish(result: Any, folder: Path, command: list[str]) -> None:
     """Write the files and the report, print the table, and drop the checkpoints: the run needs them no more."""
-    from pyrobc.checkpoint import write_atomically
+    from pyrobc.checkpoint import write_text
     from pyrobc.export import save, verify
     from pyrobc.report import describe_measurement, tabulate, write_report
 
     files = save(result.net, result.plan, folder, evidence=result.evidence, example_inputs=result.example_inputs)
     differences = verify(result.net, folder, result.example_inputs)
     measured = json.dumps({"table": result.table, "differences": differences}, indent=1)
-    write_atomically(folder / "table.json", lambda path: _write(path, measured + "\n"))
+    write_text(folder / "table.json", measured + "\n")
     report = write_report(
         result, folder / "report.html", files=files, differences=differences, command=shlex.join(command)
     )
@@ -222,15 +222,11 @@ def _find_plan(path: str) -> Path:
 
 def _check_writable(folder: Path) -> None:
     """Refuse a directory that cannot be written before hours are spent, not after."""
-    from pyrobc.checkpoint import write_atomically
+    from pyrobc.checkpoint import write_text
 
     probe = folder / ".writable"
-    write_atomically(probe, lambda path: _write(path, "\n"))
+    write_text(probe, "\n")
     probe.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:

@@ -27,13 +27,13 @@ from pyrobc.meanfield import MeanFieldGuide
 from pyrobc.negligible import DEFAULT_EPSILON, negligible_thresholds
 from pyrobc.objective import Loss, fast_loss, split_laws, traced_loss
 from pyrobc.posterior import Posterior, evaluating, measure_input_rms
-from pyrobc.settings import check_settings, describe_batch, describe_schedule
+from pyrobc.settings import PATHS, check_settings, describe_batch, describe_schedule
 
 __all__ = ["fit"]
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 ScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
-_LOSSES = {"fast": fast_loss, "traced": traced_loss}
+_LOSSES = dict(zip(PATHS, (fast_loss, traced_loss), strict=True))
 
 
 @dataclass

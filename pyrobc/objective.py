@@ -19,7 +19,7 @@ import pyro
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, kl_divergence
 
 from pyrobc.lift import LiftedModel
 from pyrobc.meanfield import MeanFieldGuide
@@ -70,8 +70,6 @@ def split_laws(
 
 
 def _likelihood_kl(laws: Mapping[str, Distribution], priors: Mapping[str, Distribution]) -> dict[str, Tensor]:
-    from torch.distributions import kl_divergence
-
     return {name: kl_divergence(law, priors[name]).sum() for name, law in laws.items()}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pyrobc.checkpoint import write_atomically
+from pyrobc.checkpoint import write_text
 from pyrobc.errors import MissingExtraError
 from pyrobc.plan import Plan
 
@@ -69,7 +69,7 @@ def write_report(
         references=list(result.plan.provenance.get("references", [])),
     )
     target = Path(path)
-    write_atomically(target, lambda temporary: _write(temporary, page))
+    write_text(target, page)
     return target
 
 
@@ -206,7 +206,3 @@ def _draw(result: Compression) -> list[str]:
     except MissingExtraError:
         return []
     return figures
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

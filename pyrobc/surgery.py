@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyrobc.dependency import first_tensor
 from pyrobc.errors import PlanError, SurgeryError
 from pyrobc.plan import Plan
 from pyrobc.slicing import call_network, slice_tensors
@@ -52,7 +52,7 @@ def apply(plan: Plan, target: nn.Module | Fitted, *, example_inputs: Any = None)
     small.requires_grad_(True)
     inputs = _probe(plan, net) if example_inputs is None else example_inputs
     with torch.no_grad():
-        expected, got = (_first(call_network(n, inputs)) for n in (mask(plan, net).eval(), small))
+        expected, got = (first_tensor(call_network(n, inputs)) for n in (mask(plan, net).eval(), small))
     gap = float((expected - got).abs().max())
     if not gap <= TOLERANCE * max(1.0, float(expected.abs().max())):
         raise SurgeryError(
@@ -110,9 +110,3 @@ def _probe(plan: Plan, net: nn.Module) -> Tensor:
     like = next(iter(net.parameters()))
     generator = torch.Generator().manual_seed(0)
     return torch.randn(4, *shape, generator=generator).to(like)  # type: ignore[misc]
-
-
-def _first(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    return _first(next(iter(value.values() if isinstance(value, Mapping) else value)))
