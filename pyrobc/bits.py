@@ -44,7 +44,7 @@ from pyrobc.errors import BudgetError, DataError
 
 __all__ = [
     "PublishedRates", "WidthChoice", "choose_widths", "count_layer_weights", "estimate_code_bits", "exponent_bits",
-    "layer_bits", "measure_rise", "published_rates", "round_to_grid", "significand_bits",
+    "layer_bits", "measure_rise", "published_rates", "round_to_grid", "significand_bits", "stored_step",
 ]  # fmt: skip
 
 Array = NDArray[np.float64]
@@ -98,6 +98,18 @@ def round_to_grid(weights: ArrayLike, step: float) -> NDArray[np.int64]:
     if float(np.abs(scaled).max(initial=0.0)) > 2.0**52:
         raise DataError("step of the grid", got=f"{step:g}", allowed="at least max|w| / 2^52", fix="use a coarser step")
     return np.rint(scaled).astype(np.int64)
+
+
+def stored_step(weights: ArrayLike, bits: int) -> float:
+    r"""Step of the grid on which numbers take ``bits`` bits each, one of them the sign.
+
+    With :math:`\max|w| < 2^E` the step is :math:`2^{E - (b - 1)}`, so that every number is one of the :math:`2^b + 1`
+    multiples up to :math:`2^{b-1}` steps; 1 where all are zero.
+    """
+    largest = float(np.abs(_as_reals(weights, "weights", finite=True)).max(initial=0.0))
+    if bits < 1:
+        raise DataError("bits per number", got=repr(bits), allowed="1 or more", fix="32 keeps the numbers as they are")
+    return math.ldexp(1.0, math.frexp(largest)[1] - (bits - 1)) if largest else 1.0
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def _finish(result: Any, folder: Path, command: list[str]) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     _print_table(["", "dense", "compact", "ratio"], [list(row.values()) for row in tabulate(result)])
     print(describe_measurement(result))
-    for note in result.plan.notes:
+    for note in (*result.plan.notes, *files.notes):
         print(f"note: {note}")
     print(f"files: {', '.join(files)} in {folder}")
     print(f"report: {report}")

@@ -6,6 +6,7 @@ file                content
 model.safetensors   state dict; metadata: format, digest of the plan, names that share a tensor
 model.pt2           the network as a torch.export program with a free batch size: ``load`` reads it
 model.onnx          the same for other run times (extra ``onnx``)
+model.rbc           the network with its architecture, near its entropy (``codec``), where the format holds it
 posterior.nc        draws, log likelihoods, scores and candidates as netCDF, if evidence is given
 plan.json           what was removed, and why; written last, so that its presence says that all is there
 ==================  ==================================================================================================
@@ -19,7 +20,7 @@ import hashlib
 import importlib.util
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -27,24 +28,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyrobc import codec
 from pyrobc._version import __version__
-from pyrobc.archive import ExportedNetwork, export_program, quiet, read_program, write_program
+from pyrobc.archive import export_program, quiet, read_program, write_program
+from pyrobc.bits import stored_step
 from pyrobc.checkpoint import write_atomically
 from pyrobc.dependency import first_tensor
 from pyrobc.errors import MissingExtraError, OutputError
 from pyrobc.plan import Plan
 from pyrobc.slicing import call_network
 
-__all__ = ["FILES", "load", "save", "verify"]
+__all__ = ["FILES", "Files", "convert", "load", "save", "verify"]
 
-FILES = ("model.safetensors", "model.pt2", "model.onnx", "posterior.nc", "plan.json")
+FILES = ("model.safetensors", "model.pt2", "model.onnx", "model.rbc", "posterior.nc", "plan.json")
 _FORMAT = "1"
+_FLOAT_BITS = 32
+Writers = dict[str, Callable[[Path], object]]
 
 
 class HasTree(Protocol):
     """What ``evidence`` returns: an xarray tree that can write itself."""
 
     tree: Any
+
+
+class Files(dict[str, Path]):
+    """Files written, by name; ``notes`` says what was left out, and why."""
+
+    notes: tuple[str, ...] = ()
 
 
 def save(
@@ -55,7 +66,8 @@ def save(
     evidence: HasTree | None = None,
     example_inputs: Any = None,
     onnx: bool | Literal["auto"] = "auto",
-) -> dict[str, Path]:
+    bits: int | Mapping[str, int] | None = None,
+) -> Files:
     """Write a compact network and where it came from.
 
     Args:
@@ -65,53 +77,78 @@ def save(
         evidence: what the decision rested on.
         example_inputs: a batch as the network sees it; zeros of the planned shape if None.
         onnx: write model.onnx; ``auto`` does so where the extra is installed.
+        bits: fractional bits of the numbers in model.rbc (``codec.pack``).  None: ``plan.bits`` where it gives a tensor
+            fewer than 32, every number as it is elsewhere; and a network that the format does not hold is saved without
+            model.rbc, which the notes say.
 
     Returns:
-        The files written, by name.
+        The files written, by name, with notes.
 
     Raises:
-        OutputError: the directory cannot be written, its disk is full, or the network cannot be exported.
+        OutputError: the directory cannot be written, its disk is full, or the network cannot be exported (or, with
+            ``bits``, coded).
         MissingExtraError: ``onnx=True`` without the extra.
     """
-    wants_onnx = _has_onnx() if onnx == "auto" else onnx
-    if wants_onnx and not _has_onnx():
-        raise MissingExtraError.of("onnx", "onnx", "model.onnx")
     folder, digest = Path(directory), _digest(plan)
     net = copy.deepcopy(net).cpu().eval()  # what is written runs on any machine
-    program = export_program(net, _zeros(plan, net) if example_inputs is None else _on_cpu(example_inputs, net))
-    content = {"model.safetensors": _to_safetensors(net, digest)}
-    if wants_onnx:
-        content["model.onnx"] = _to_onnx(program)
-    with contextlib.suppress(OSError):
-        (folder / "plan.json").unlink()  # what is there is incomplete until the new plan is
-    for name, data in content.items():
-        write_atomically(folder / name, lambda path, data=data: _write(path, data))  # type: ignore[misc]
-    write_atomically(folder / "model.pt2", lambda path: write_program(program, path, plan_sha256=digest))
+    inputs = _zeros(plan, net) if example_inputs is None else _on_cpu(example_inputs, net)
+    writers = _prepare(net, inputs, onnx, {"plan_sha256": digest})
+    coded, notes = _code(net, plan, bits)
+    if coded is not None:
+        writers["model.rbc"] = lambda path: path.write_bytes(coded)
     if evidence is not None:
-        write_atomically(folder / "posterior.nc", lambda path: _write_tree(evidence.tree, path))
-    for name in FILES:
-        if (name == "model.onnx" and not wants_onnx) or (name == "posterior.nc" and evidence is None):
-            (folder / name).unlink(missing_ok=True)
-    write_atomically(folder / "plan.json", lambda path: _write(path, plan.to_json().encode()))
-    return {name: folder / name for name in FILES if (folder / name).exists()}
+        writers["posterior.nc"] = lambda path: _write_tree(evidence.tree, path)
+    writers["plan.json"] = lambda path: path.write_bytes(plan.to_json().encode())
+    return _write_all(writers, folder, FILES, notes)
 
 
-def load(path: str | Path) -> ExportedNetwork:
-    """The network that ``save`` wrote, ready to be called with any batch size.
-
-    Neither its classes nor Pyro are needed, and nothing is unpickled.
+def convert(
+    net: nn.Module, directory: str | Path, *, example_inputs: Any, onnx: bool | Literal["auto"] = "auto"
+) -> Files:
+    """Write a network of which no plan is known for other run times: model.safetensors, model.pt2 and model.onnx.
 
     Args:
-        path: the directory, or the ``.pt2`` file in it.
+        net: the network; it is not changed.
+        directory: made if need be; it must not hold the files of a run.
+        example_inputs: a batch as the network sees it.
+        onnx: as for ``save``.
 
     Raises:
-        OutputError: it is missing or damaged, or lies beside the plan of another network.
+        OutputError: as for ``save``, or the directory holds a plan.
+        MissingExtraError: ``onnx=True`` without the extra.
+    """
+    if (Path(directory) / "plan.json").exists():
+        raise OutputError(
+            f"output {directory}", got="the files of a run, with its plan", allowed="a directory without plan.json",
+            fix="choose another output directory",
+        )  # fmt: skip
+    net = copy.deepcopy(net).cpu().eval()
+    return _write_all(_prepare(net, _on_cpu(example_inputs, net), onnx, {}), Path(directory), FILES[:3], ())
+
+
+def load(path: str | Path) -> nn.Module:
+    """A network read back, in evaluation mode: what ``save``, ``codec.pack`` or ``pyrobc pack`` wrote.
+
+    Neither its classes nor Pyro are needed, and nothing is unpickled.  From ``.pt2`` comes a program that takes any
+    batch size, from ``.rbc`` the module itself, layer by layer.
+
+    Args:
+        path: the directory, the ``.pt2`` file in it, or any ``.rbc`` file.
+
+    Raises:
+        OutputError: it is missing or damaged, or a ``.pt2`` file lies beside the plan of another network.
     """
     file = Path(path) / "model.pt2" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise OutputError(
-            f"network {path}", got="no such file", allowed="a directory that holds model.pt2", fix="save it"
-        )
+            f"network {path}", got="no such file", allowed="a directory that holds model.pt2, a .pt2 or an .rbc file",
+            fix="save it",
+        )  # fmt: skip
+    if file.suffix == ".rbc":
+        try:
+            return codec.unpack(file)
+        except OutputError as error:  # which does not know the name of the file
+            raise OutputError(f"network {file}", got=error.got, allowed=error.allowed, fix=error.fix) from error
     net, extra = read_program(file)
     beside = file.with_name("plan.json")
     if beside.is_file():
@@ -129,17 +166,65 @@ def load(path: str | Path) -> ExportedNetwork:
 def verify(net: nn.Module, directory: str | Path, inputs: Any) -> dict[str, float]:
     """Largest absolute difference between ``net``'s output and that of each reloaded file, by file name.
 
-    ``model.onnx`` is among them where it was written and onnxruntime is installed.
+    ``model.rbc`` is among them where it was written, ``model.onnx`` where onnxruntime is installed besides.
     """
     net = copy.deepcopy(net).cpu().eval()
     inputs = _on_cpu(inputs, net)
     with torch.no_grad():
         expected = first_tensor(call_network(net, inputs))
         got = {"model.pt2": first_tensor(call_network(load(directory), inputs))}
+        if (Path(directory) / "model.rbc").is_file():
+            got["model.rbc"] = first_tensor(call_network(load(Path(directory) / "model.rbc"), inputs))
     file = Path(directory) / "model.onnx"
     if file.is_file() and importlib.util.find_spec("onnxruntime") is not None:
         got["model.onnx"] = torch.as_tensor(_run_onnx(file, inputs)).to(expected)
     return {name: float((value - expected).abs().max()) for name, value in got.items()}
+
+
+def _prepare(net: nn.Module, inputs: Any, onnx: bool | Literal["auto"], identity: Mapping[str, str]) -> Writers:
+    """All that can fail for the network's sake, done before anything is written."""
+    wants_onnx = _has_onnx() if onnx == "auto" else onnx
+    if wants_onnx and not _has_onnx():
+        raise MissingExtraError.of("onnx", "onnx", "model.onnx")
+    program, tensors = export_program(net, inputs), _to_safetensors(net, identity)
+    writers: Writers = {
+        "model.safetensors": lambda path: path.write_bytes(tensors),
+        "model.pt2": lambda path: write_program(program, path, **identity),
+    }
+    if wants_onnx:
+        graph = _to_onnx(program)
+        writers["model.onnx"] = lambda path: path.write_bytes(graph)
+    return writers
+
+
+def _write_all(writers: Writers, folder: Path, names: Sequence[str], notes: tuple[str, ...]) -> Files:
+    """Write in the order of ``names``; one that this network does not have is removed."""
+    if "plan.json" in names:
+        with contextlib.suppress(OSError):
+            (folder / "plan.json").unlink()  # what is there is incomplete until the new plan is
+    for name in names:
+        if name in writers:
+            write_atomically(folder / name, writers[name])
+        else:
+            (folder / name).unlink(missing_ok=True)
+    files = Files({name: folder / name for name in names if name in writers})
+    files.notes = notes
+    return files
+
+
+def _code(net: nn.Module, plan: Plan, bits: int | Mapping[str, int] | None) -> tuple[bytes | None, tuple[str, ...]]:
+    """The bytes of model.rbc, or a note why there are none."""
+    if bits is not None:
+        return codec.encode(net, bits=bits)[0], ()
+    try:
+        state = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
+        widths = {name: width for name, width in plan.bits.items() if width < _FLOAT_BITS and name in state}
+        return codec.encode(net, steps={name: stored_step(state[name], b) for name, b in widths.items()})[0], ()
+    except OutputError as error:
+        reason = f"{error.subject}: {error.got}, which the format does not hold"
+    except Exception as error:  # one more copy of the network must not cost a run its results
+        reason = f"{type(error).__name__}: {error}"
+    return None, (f"model.rbc was left out: {reason}",)
 
 
 def _has_onnx() -> bool:
@@ -168,7 +253,7 @@ def _on_cpu(value: Any, net: nn.Module) -> Any:
     return tuple(_on_cpu(part, net) for part in value)
 
 
-def _to_safetensors(net: nn.Module, digest: str) -> bytes:
+def _to_safetensors(net: nn.Module, identity: Mapping[str, str]) -> bytes:
     """A tensor that has several names is written under the first; metadata maps the others to it."""
     from safetensors.torch import save as to_bytes
 
@@ -185,7 +270,7 @@ def _to_safetensors(net: nn.Module, digest: str) -> bytes:
         "format": "pt",
         "pyrobc_format": _FORMAT,
         "pyrobc_version": __version__,
-        "plan_sha256": digest,
+        **identity,
         "aliases": json.dumps(aliases),
     }
     return to_bytes(tensors, metadata)
@@ -210,10 +295,6 @@ def _run_onnx(file: Path, inputs: Any) -> Any:
         values = list(inputs) if isinstance(inputs, tuple) else [inputs]
     feed = {name: np.asarray(value.detach().cpu()) for name, value in zip(names, values, strict=True)}
     return session.run(None, feed)[0]
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _write_tree(tree: Any, path: Path) -> None:

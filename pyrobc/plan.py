@@ -61,7 +61,7 @@ class Plan:
         slices: what they mean for each tensor.
         parameters: trainable parameters before and after.
         macs: multiply-accumulates per example before and after.
-        bits: bits per stored number, by tensor.
+        bits: bits per stored number, by tensor; 32 is float32, fewer a grid of ``bits.stored_step``.
         rule: the decision rule and its settings.
         evidence: held-in predictive checks that the decision used.
         provenance: family, settings, seed, versions, references.
@@ -133,19 +133,18 @@ class Plan:
             lines += [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
         return lines
 
+    def network_left(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of the network that applying the plan leaves, selected features included."""
+        shapes = {name: list(shape) for name, shape in self.network.items()}
+        for part in self.slices:
+            shapes[part.tensor][part.axis] = len(part.kept)
+            if part.role == "select" and len(part.kept) < self.network[part.tensor][part.axis]:
+                shapes[f"{part.tensor.removesuffix('weight')}index"] = [len(part.kept)]
+        return {name: tuple(shape) for name, shape in shapes.items()}
+
     def then(self, later: Plan) -> Plan:
         """This plan followed by a plan for the network it leaves: one plan for the original network."""
-        after = {
-            name: tuple(
-                len(next((p.kept for p in self.slices if (p.tensor, p.axis) == (name, axis)), range(length)))
-                for axis, length in enumerate(shape)
-            )
-            for name, shape in self.network.items()
-        }
-        for part in self.slices:
-            if part.role == "select" and len(part.kept) < self.network[part.tensor][part.axis]:
-                after[f"{part.tensor.removesuffix('weight')}index"] = (len(part.kept),)
-        if after != dict(later.network):
+        if self.network_left() != dict(later.network):
             raise PlanError(
                 "plan to follow",
                 got="a plan for another network",

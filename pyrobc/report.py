@@ -49,7 +49,7 @@ def write_report(
     Args:
         result: what ``compress`` returned.
         path: the file to write, whole or not at all.
-        files: what ``save`` wrote, for their sizes.
+        files: what ``save`` wrote, for their sizes and its notes.
         differences: what ``verify`` measured.
         command: how the run was started; the running command if None.
 
@@ -63,6 +63,7 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         **_describe_outcome(result),
         **_describe_decision(result),
+        left_out=list(getattr(files, "notes", ())),
         figures=_draw(result),
         files=_list_files(files or {}, differences or {}),
         provenance=_describe_origin(result.plan, command),

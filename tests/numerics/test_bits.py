@@ -19,6 +19,7 @@ from pyrobc.bits import (
     published_rates,
     round_to_grid,
     significand_bits,
+    stored_step,
 )
 from pyrobc.errors import BudgetError, DataError
 
@@ -119,6 +120,17 @@ def test_rounding_stays_within_the_round_off(weights: list[float], bits: int, sc
     assert error.max() <= step / 2 * (1 + 1e-9)
 
 
+@hypothesis.given(st.lists(st.floats(-1e3, 1e3, allow_subnormal=False), min_size=1, max_size=20), st.integers(1, 32))
+def test_stored_numbers_take_their_bits(weights: list[float], bits: int) -> None:
+    """At most 2^(b-1) steps either way, and at least half as many: half the grid is never empty."""
+    step = stored_step(weights, bits)
+    largest = np.abs(round_to_grid(weights, step)).max()
+    assert largest <= 2 ** (bits - 1)
+    if np.abs(weights).max() > 0:
+        assert np.abs(weights).max() / step >= 2 ** (bits - 2)
+    assert np.log2(step) == np.rint(np.log2(step))
+
+
 def test_estimated_code_bits_are_entropy_and_learning() -> None:
     symbols = np.repeat([0, 1, 2], [512, 256, 256])
     assert estimate_code_bits(symbols) == pytest.approx(1024 * 1.5 + 2 * 0.5 * 10)
@@ -195,6 +207,8 @@ def test_refusals(layers: tuple[dict, dict]) -> None:  # type: ignore[type-arg]
         significand_bits([math.nan])
     with pytest.raises(DataError, match="weights"):
         exponent_bits([math.inf])
+    with pytest.raises(DataError, match="bits per number"):
+        stored_step([1.0], 0)
     with pytest.raises(DataError, match="step of the grid"):
         round_to_grid([1.0], 0.0)
     with pytest.raises(DataError, match="shape"):

@@ -1,6 +1,7 @@
 """Files of a compact network: equal outputs, whole or absent, and nothing in them that could run."""
 
 import copy
+import dataclasses
 import errno
 import io
 import json
@@ -17,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from pyrobc import archive, export
+from pyrobc import archive, codec, export
 from pyrobc.batches import seeded
 from pyrobc.errors import MissingExtraError, OutputError
-from pyrobc.export import load, save, verify
+from pyrobc.export import convert, load, save, verify
 from pyrobc.surgery import apply
 
 HAS_ONNX = all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
@@ -42,6 +43,7 @@ def test_reloaded_files_compute_the_same(saved, compressed):
         differences = verify(compressed.net, folder, rows)
         assert ("model.onnx" in differences) == HAS_ONNX
         assert max(differences.values()) <= 1e-5
+        assert differences["model.rbc"] == 0
     assert load(folder)(x[:0]).shape == (0, 2)
 
 
@@ -52,13 +54,15 @@ def test_convolutional_network_computes_the_same(traced, keeping, tmp_path):
     before = copy.deepcopy(small.state_dict())
     save(small.train(), plan, tmp_path, example_inputs=inputs, onnx=False)
     assert small.training, "the network given is left as it was"
-    assert verify(small, tmp_path, inputs[:1])["model.pt2"] <= 1e-5
+    assert max(verify(small, tmp_path, inputs[:1]).values()) <= 1e-5
     assert all(torch.equal(a, b) for a, b in zip(before.values(), small.state_dict().values(), strict=True))
 
 
 def test_every_file_is_there(saved, compressed):
     folder, files = saved
-    expected = {"model.safetensors", "model.pt2", "posterior.nc", "plan.json"} | ({"model.onnx"} if HAS_ONNX else set())
+    expected = {"model.safetensors", "model.pt2", "model.rbc", "posterior.nc", "plan.json"}
+    expected |= {"model.onnx"} if HAS_ONNX else set()
+    assert files.notes == ()
     assert files.keys() == expected == {path.name for path in folder.iterdir()}
     assert files["plan.json"].read_text() == compressed.plan.to_json()
 
@@ -283,3 +287,89 @@ def test_float64_network(compressed, tmp_path):
         net = nn.Sequential(nn.Linear(6, 3)).double()
     save(net, compressed.plan, tmp_path, onnx=False)
     assert verify(net, tmp_path, torch.randn(4, 6))["model.pt2"] <= 1e-12
+
+
+def test_coded_file_is_the_module_itself(saved, compressed):
+    net = load(saved[0] / "model.rbc")
+    assert not net.training
+    state = net.state_dict()
+    assert state.keys() == compressed.net.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in compressed.net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["model.rbc", "model.pt2"])
+def test_facade_loads_without_importing_pyro(saved, name):
+    code = (
+        f"import sys\nimport pyrobc as bc\nnet = bc.load({str(saved[0] / name)!r})\n"
+        "print('pyro' in sys.modules, net.training)"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False False", done.stderr
+
+
+def test_coded_file_takes_the_widths_of_the_plan(compressed, tmp_path):
+    """Five bits: 0.0625 <= max|w| / 2^4 is the step, where max|w| < 2^E; what has 32 bits is kept as it is."""
+    weight = compressed.net[0].weight.detach()
+    plan = dataclasses.replace(compressed.plan, bits={**compressed.plan.bits, "0.weight": 5})
+    save(compressed.net, plan, tmp_path, onnx=False)
+    got = load(tmp_path / "model.rbc").state_dict()
+    step = 2.0 ** torch.ceil(weight.abs().max().log2()) / 16
+    assert torch.equal((got["0.weight"] / step).round() * step, got["0.weight"])
+    assert 0 < (got["0.weight"] - weight).abs().max() <= step / 2
+    assert all(torch.equal(got[n], v) for n, v in compressed.net.state_dict().items() if n != "0.weight")
+
+
+def test_coded_file_takes_the_widths_given(compressed, tmp_path):
+    files = save(compressed.net, compressed.plan, tmp_path, onnx=False, bits=3)
+    assert files["model.rbc"].read_bytes() == codec.encode(compressed.net, bits=3)[0]
+    difference = verify(compressed.net, tmp_path, compressed.data[0])["model.rbc"]
+    assert 1e-4 < difference < 1
+    with pytest.raises(OutputError, match="bits of '0.wait'"):
+        save(compressed.net, compressed.plan, tmp_path / "other", onnx=False, bits={"0.wait": 3})
+    assert not (tmp_path / "other").exists()
+
+
+def test_network_that_the_coded_format_does_not_hold(compressed, tmp_path):
+    """It is saved without model.rbc, which a note says; an earlier network's does not stay behind."""
+    for net, words in {
+        nn.Sequential(nn.Linear(6, 3), nn.LayerNorm(3)): "layer 1: LayerNorm",
+        nn.Sequential(nn.Linear(6, 3)).double(): "tensor 0.weight: torch.float64",
+    }.items():
+        save(compressed.net, compressed.plan, tmp_path, onnx=False)
+        assert (tmp_path / "model.rbc").exists()
+        files = save(net, compressed.plan, tmp_path, onnx=False)
+        assert "model.rbc" not in files and not (tmp_path / "model.rbc").exists()
+        assert files.notes == (f"model.rbc was left out: {words}, which the format does not hold",)
+        assert verify(net, tmp_path, torch.randn(2, 6)).keys() == {"model.pt2"}
+
+
+def test_defect_of_the_coder_does_not_cost_the_other_files(compressed, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.codec, "encode", lambda *args, **options: 1 / 0)
+    files = save(compressed.net, compressed.plan, tmp_path, onnx=False)
+    assert files.keys() == {"model.safetensors", "model.pt2", "plan.json"}
+    assert "ZeroDivisionError" in files.notes[0]
+
+
+def test_damaged_coded_file_is_refused_by_name(saved, tmp_path):
+    content = (saved[0] / "model.rbc").read_bytes()
+    flipped = bytes([*content[:-1], content[-1] ^ 1])
+    for name, damaged in {"empty": b"", "text": b"nothing at all", "cut": content[:-3], "flipped": flipped}.items():
+        file = tmp_path / f"{name}.rbc"
+        file.write_bytes(damaged)
+        with pytest.raises(OutputError, match=f"network .*{name}.rbc: got .*pack the network again"):
+            load(file)
+    with pytest.raises(OutputError, match="no such file"):
+        load(tmp_path / "nosuch.rbc")
+
+
+def test_conversion_touches_nothing_else(saved, compressed, tmp_path):
+    (tmp_path / "model.rbc").write_bytes(b"the source")
+    (tmp_path / "model.onnx").write_bytes(b"of another network")
+    files = convert(compressed.net, tmp_path, example_inputs=compressed.data[0][:1], onnx=False)
+    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "model.pt2", "model.rbc"}
+    assert files.keys() == {"model.safetensors", "model.pt2"}
+    assert torch.equal(load(tmp_path)(compressed.data[0]), load(saved[0])(compressed.data[0]))
+    before = {p.name: p.read_bytes() for p in saved[0].iterdir()}
+    with pytest.raises(OutputError, match="choose another output directory"):
+        convert(compressed.net, saved[0], example_inputs=compressed.data[0][:1])
+    assert before == {p.name: p.read_bytes() for p in saved[0].iterdir()}
