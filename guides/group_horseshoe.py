@@ -29,6 +29,8 @@ Reduction: deleting a group exactly is degenerate here (the horseshoe's density 
 zero), so the reduced prior is the ROPE ``z < threshold``, whose :math:`\Delta F=\ln Q-\ln P` is finite; :math:`P` is
 the law of a product of two half-Cauchys.
 
+Baseline: the published score is the negative logarithm of the scale's mode, :math:`v_z - m_z`, to be cut by eye.
+
 It is *not* the regularised horseshoe unless a slab is given, nor the log-alpha rule of the group normal-Jeffreys
 method.
 
@@ -51,7 +53,17 @@ from torch.distributions import Distribution
 from pyrobc.dists import HalfCauchyProduct, SoftCapped
 from pyrobc.dists.soft_capped import soft_cap
 from pyrobc.errors import FamilyError
-from pyrobc.family import Effective, Family, GroupScale, Laws, ReducedPrior, Reference, normal_prior, restrict_to
+from pyrobc.family import (
+    Baseline,
+    Effective,
+    Family,
+    GroupScale,
+    Laws,
+    ReducedPrior,
+    Reference,
+    normal_prior,
+    restrict_to,
+)
 from pyrobc.groups import GroupSpec
 from pyrobc.meanfield import Factor, LogNormalFactor, MeanFieldGuide, NormalFactor
 
@@ -208,6 +220,15 @@ class GroupHorseshoe(Family):
             return torch.zeros_like(threshold), threshold
 
         return {"rope": restrict_to("rope", rope)}
+
+    def baselines(self) -> dict[str, Baseline]:
+        """The published score, minus the log of the scale's mode; of the scale itself where a slab limits it."""
+
+        def negative_log_mode(law: Any) -> Tensor:
+            scale: Any = law.base if isinstance(law, SoftCapped) else law
+            return torch.as_tensor(scale.scale.square() - scale.loc)
+
+        return {"negative_log_mode": Baseline("negative_log_mode", negative_log_mode, "minus log scale")}
 
     def _limit(self, gate: Tensor) -> Tensor:
         return gate if self.slab is None else soft_cap(gate, self.slab)

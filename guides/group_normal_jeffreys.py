@@ -35,8 +35,8 @@ Exact deletion, :math:`z = 0`, is not offered: the prior's density there is the 
 else.
 
 The published rule, drop a group when :math:`\ln\alpha_g` exceeds a threshold read off a histogram, is no change of
-prior; ``log_alpha`` gives the numbers.  It is *not* variational dropout, whose scale-free prior sits on every weight,
-nor the group horseshoe, whose prior on the scale is proper.
+prior; it is the baseline ``log_alpha``, cut at the widest gap.  It is *not* variational dropout, whose scale-free prior
+sits on every weight, nor the group horseshoe, whose prior on the scale is proper.
 
 References:
     Louizos, Ullrich, Welling (2017), Bayesian compression for deep learning.
@@ -55,7 +55,17 @@ from torch.distributions import Distribution, kl_divergence
 
 from pyrobc.dists.scale_free import ScaleFree, constant_divergence, jeffreys_divergence, log_alpha, sigmoid_divergence
 from pyrobc.errors import FamilyError, suggest
-from pyrobc.family import Effective, Family, GroupScale, Laws, ReducedPrior, Reference, normal_prior, restrict_to
+from pyrobc.family import (
+    Baseline,
+    Effective,
+    Family,
+    GroupScale,
+    Laws,
+    ReducedPrior,
+    Reference,
+    normal_prior,
+    restrict_to,
+)
 from pyrobc.groups import GroupSpec
 from pyrobc.meanfield import Factor, MeanFieldGuide, NormalFactor
 
@@ -218,6 +228,10 @@ class GroupNormalJeffreys(Family):
             return -threshold, threshold
 
         return {"rope": restrict_to("rope", rope)}
+
+    def baselines(self) -> dict[str, Baseline]:
+        """The published score, log of the scale's variance over its squared mean."""
+        return {"log_alpha": Baseline("log_alpha", log_alpha, "log variance over squared mean")}
 
     def log_alpha(self, laws: Laws, spec: GroupSpec) -> dict[str, Tensor]:
         """The published score of every group, by block: log of the scale's variance over its squared mean."""

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -45,7 +46,17 @@ from torch.distributions import Distribution, kl_divergence
 from pyrobc.dists import TruncatedLogNormal, TruncatedLogUniform
 from pyrobc.dists.gate_noise import draw_gates, gate_kl
 from pyrobc.errors import FamilyError
-from pyrobc.family import Effective, Family, GroupScale, Laws, ReducedPrior, Reference, normal_prior, restrict_to
+from pyrobc.family import (
+    Baseline,
+    Effective,
+    Family,
+    GroupScale,
+    Laws,
+    ReducedPrior,
+    Reference,
+    normal_prior,
+    restrict_to,
+)
 from pyrobc.groups import GroupSpec
 from pyrobc.meanfield import Factor, MeanFieldGuide, PointFactor
 
@@ -193,6 +204,14 @@ class LogUniform(Family):
 
         reductions = [restrict_to("rope", rope), ReducedPrior("spike", spike), uniform(8), uniform(4)]
         return {reduction.label: reduction for reduction in reductions}
+
+    def baselines(self) -> dict[str, Baseline]:
+        """The published signal-to-noise ratio, turned over so that larger says prune."""
+
+        def log_noise(law: Any) -> Tensor:
+            return torch.as_tensor(-2.0 * torch.log(law.snr))
+
+        return {"log_noise": Baseline("log_noise", log_noise, "log variance over squared mean")}
 
 
 def _flatten(gates: list[TruncatedLogNormal]) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ def compress(
         warmup_epochs: epochs of growing KL weight.
         clip_norm: largest gradient norm.
         patience: epochs without a better validation loss before stopping.
-        reduction: reduced prior; the family's default if None.
+        reduction: reduced prior, or a baseline of the family; its default reduction if None.
         epsilon: largest negligible share of a layer's input.
         prior_odds: ``implied``, ``learned`` or a probability.
         max_worse: standard errors by which the reduced ELPD may fall short.
@@ -210,12 +210,14 @@ def _check_choices(
     max_worse: float,
 ) -> None:
     """Refuse before the fit what scoring, evidence or the decision would refuse after it."""
-    known = family.reduced()
+    known = {**family.reduced(), **family.baselines()}
+    is_baseline = reduction in family.baselines()
     is_odds = prior_odds in ("implied", "learned") or (not isinstance(prior_odds, str) and 0 < prior_odds < 1)
     rules = (
         ("reduction", reduction, reduction is None or reduction in known, ", ".join(known)),
         ("epsilon", epsilon, 0 < epsilon < 1, "a share between 0 and 1"),
         ("prior_odds", prior_odds, is_odds, "implied, learned, or a probability between 0 and 1"),
+        ("prior_odds", prior_odds, not is_baseline or prior_odds == "implied", "none for a baseline, which has a cut"),
         ("num_draws", num_draws, num_draws >= 25, "25 or more"),
         ("evidence_rows", evidence_rows, evidence_rows >= 2, "2 or more"),
         ("readapt_epochs", readapt_epochs, readapt_epochs is None or readapt_epochs >= 0, "0 or more, or None"),

@@ -68,7 +68,7 @@ class RunConfig:
     warmup_epochs: int = _key("epochs of growing KL weight", 0)
     clip_norm: float | None = _key("largest gradient norm", None)
     patience: int | None = _key("epochs without a better validation loss before stopping", None)
-    reduction: str | None = _key("reduced prior; the family's default if null", None)
+    reduction: str | None = _key("reduced prior or baseline; the family's default if null", None)
     epsilon: float = _key("largest negligible share of a layer's input", 0.01)
     prior_odds: Literal["implied", "learned"] | float = _key("implied, learned, or a probability", "implied")
     max_worse: float = _key("standard errors by which the reduced ELPD may fall short", 2.0)

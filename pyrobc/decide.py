@@ -6,6 +6,9 @@ evidence is given, the cut steps back along the nested path until the reduced ne
 one's by more than ``max_worse`` standard errors of the latter (the rule of Breiman et al. 1984 for choosing the
 simplest model that is as good as can be told).  The paired difference and its own, smaller, error are reported too: on
 rows that were trained on, a difference can be many of *its* standard errors and still be 0.004 nats a row.
+
+A baseline (``Score.cuts``) is decided on in the same way, with its distance above the block's cut in place of log
+odds; a block without a cut is left undecided as a whole.
 """
 
 from __future__ import annotations
@@ -64,7 +67,7 @@ def decide(
     """Choose what to prune.
 
     Args:
-        score: log Bayes factors.
+        score: log Bayes factors, or a baseline.
         evidence: nested candidates; without them the score alone decides, which the plan notes.
         prior_odds: see ``Score.log_odds``.
         z: Monte Carlo standard errors within which a group is left undecided.
@@ -97,7 +100,7 @@ def decide(
     temperature = score.provenance.get("temperature", 1.0)
     if temperature != 1.0:
         notes.append(f"the KL was weighted {temperature:g}: scores are log Bayes factors of a tempered likelihood")
-    rule = {
+    rule: dict[str, Any] = {
         "reduction": score.label,
         "epsilon": score.epsilon,
         "prior_odds": prior_odds,
@@ -105,25 +108,35 @@ def decide(
         "max_worse": max_worse,
         "budget": budget,
     }
+    if score.cuts is not None:
+        cuts = {name: None if np.isnan(cut) else cut for name, cut in score.cuts.items()}
+        settings = {"max_worse": max_worse, "budget": budget}
+        rule = {"baseline": score.label, "unit": score.unit, "cuts": cuts, **settings}
     return _make_plan(score, log_odds, outcomes, rule, checked, notes)
 
 
 def _judge(score: Score, log_odds: Mapping[str, NDArray[np.float64]], z: float) -> Outcomes:
     outcomes: Outcomes = {}
+    words = _name_odds(score)
+    negligible = " of being negligible" if score.cuts is None else ""
     for block in score.spec.blocks:
         rows = []
         for odds, mcse in zip(log_odds[block.name], score.mcse[block.name], strict=True):
             if np.isnan(odds) or odds == np.inf or not np.isfinite(mcse):
-                why = score.reasons.get(block.name, "") or f"log odds of {odds}, MCSE {mcse}"
+                why = score.reasons.get(block.name, "") or f"{words} of {odds}, MCSE {mcse}"
                 rows.append(("abstain", f"undefined: {why}"))
             elif abs(odds) <= z * mcse:
-                rows.append(("abstain", f"log odds {odds:.3g} within {z:g} x MCSE {mcse:.3g} of zero"))
+                rows.append(("abstain", f"{words} {odds:.3g} within {z:g} x MCSE {mcse:.3g} of zero"))
             elif odds > 0:
-                rows.append(("prune", f"log odds of being negligible {odds:.3g} > {z * mcse:.3g}"))
+                rows.append(("prune", f"{words}{negligible} {odds:.3g} > {z * mcse:.3g}"))
             else:
-                rows.append(("keep", f"log odds of being negligible {odds:.3g} < 0"))
+                rows.append(("keep", f"{words}{negligible} {odds:.3g} < 0"))
         outcomes[block.name] = rows
     return outcomes
+
+
+def _name_odds(score: Score) -> str:
+    return "log odds" if score.cuts is None else f"{score.label} minus its cut"
 
 
 def _step_back(
@@ -181,7 +194,7 @@ def _meet_budget(
         before = outcomes[name][i]
         if before[0] == "prune":
             continue
-        outcomes[name][i] = ("prune", f"to meet the budget of {budget} parameters (log odds {odds:.3g})")
+        outcomes[name][i] = ("prune", f"to meet the budget of {budget} parameters ({_name_odds(score)} {odds:.3g})")
         if score.spec.emptied(_kept(outcomes)):
             outcomes[name][i] = before
         else:

@@ -31,6 +31,7 @@ from pyrobc.groups import GroupSpec
 from pyrobc.meanfield import MeanFieldGuide
 
 __all__ = [
+    "Baseline",
     "Effective",
     "Family",
     "GroupScale",
@@ -108,6 +109,21 @@ class ReducedPrior:
     event: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
 
 
+@dataclass(frozen=True)
+class Baseline:
+    """A published score that is no change of prior: one number per group, larger says prune, cut where a gap is.
+
+    Attributes:
+        label: name used in tables and plans.
+        of: posterior law of a block's multipliers -> score of each group.
+        unit: what the number is.
+    """
+
+    label: str
+    of: Callable[[Any], Tensor]
+    unit: str
+
+
 def restrict_to(label: str, event: Callable[[Tensor], tuple[Tensor, Tensor]]) -> ReducedPrior:
     """The reduction to an interval of multipliers that may depend on the threshold."""
 
@@ -175,6 +191,10 @@ class Family(ABC):
     @abstractmethod
     def reduced(self) -> dict[str, ReducedPrior]:
         """The simpler priors that may be tried, by label."""
+
+    def baselines(self) -> dict[str, Baseline]:
+        """Published scores to compare with, by label; override where the method has one."""
+        return {}
 
     def sample_prior(self, priors: Laws) -> dict[str, Tensor]:
         """Sample every site in Pyro; override for priors whose sites depend on each other."""

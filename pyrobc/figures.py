@@ -44,8 +44,13 @@ def draw_training(history: Sequence[Mapping[str, float]]) -> str:
 
 
 def draw_scores(plan: Plan) -> str:
-    """Log Bayes factors of all groups in ascending order, by outcome; undefined ones are counted in the title."""
-    delta_f = np.array([value for block in plan.blocks for value in block.delta_f])
+    """Log Bayes factors of all groups in ascending order, by outcome; undefined ones are counted in the title.
+
+    A baseline has a cut for every block, and is drawn as its distance from there.
+    """
+    unit = "\u0394F (nats)" if plan.baseline is None else f"{plan.baseline} minus its cut"
+    numbers = [block.delta_f if plan.baseline is None else block.log_odds for block in plan.blocks]
+    delta_f = np.array([value for block in numbers for value in block])
     outcomes = np.array([outcome for block in plan.blocks for outcome in block.outcomes])
     order = np.argsort(delta_f, kind="stable")
     order = order[np.isfinite(delta_f[order])]
@@ -58,7 +63,7 @@ def draw_scores(plan: Plan) -> str:
                 ax.plot(place, delta_f[order][place], ".", ms=4, color=COLOURS[outcome], label=label)
         ax.set_yscale("symlog", linthresh=1.0)
         ax.axhline(0, color=_INK, lw=0.6)
-        ax.set(xlabel="group, in ascending order", ylabel="\u0394F (nats)")
+        ax.set(xlabel="group, in ascending order", ylabel=unit)
         ax.set_title("Scores: larger says prune" + (f"; {undefined} undefined" if undefined else ""), loc="left")
         ax.legend(loc="lower right")
     return drawing.svg
@@ -89,13 +94,14 @@ def draw_candidates(candidates: Iterable[Any], plan: Plan) -> str:
 
 def draw_sensitivity(plan: Plan) -> str:
     """Groups that would stay at other thresholds on the log odds: where it is flat, the choice is clear."""
+    name = "log odds demanded to prune (nats)" if plan.baseline is None else f"shift of the cuts of {plan.baseline}"
     log_odds = np.array([value for block in plan.blocks for value in block.log_odds])
     thresholds = np.linspace(-6, 6, 121)
     kept = [(~(log_odds > t)).sum() for t in thresholds]
     with _Figure("sensitivity") as ([ax], drawing):
         ax.plot(thresholds, kept, color=COLOURS["keep"], lw=1.4)
         ax.axvline(0, color=COLOURS["prune"], lw=1.2)
-        ax.set(xlabel="log odds demanded to prune (nats)", ylabel="groups that stay", ylim=(0, None))
+        ax.set(xlabel=name, ylabel="groups that stay", ylim=(0, None))
         ax.set_title("Sensitivity of the decision", loc="left")
     return drawing.svg
 

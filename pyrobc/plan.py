@@ -25,7 +25,11 @@ OUTCOMES = ("keep", "prune", "abstain")
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Decisions on one block: per group an outcome, its reason, and the numbers behind it (nats)."""
+    """Decisions on one block: per group an outcome, its reason, and the numbers behind it.
+
+    ``delta_f`` and ``log_odds`` are in nats, unless the plan's rule names a baseline: then they are its own number and
+    how far that lies above the block's cut.
+    """
 
     name: str
     size: int
@@ -88,6 +92,11 @@ class Plan:
         return self.parameters[0] / self.parameters[1]
 
     @property
+    def baseline(self) -> str | None:
+        """The baseline that the decision used in place of a log Bayes factor, if any."""
+        return self.rule.get("baseline")
+
+    @property
     def widths(self) -> dict[str, tuple[int, int]]:
         """Groups before and after, by block."""
         return {block.name: (block.size, len(block.kept)) for block in self.blocks}
@@ -107,7 +116,9 @@ class Plan:
         if group not in labels:
             raise PlanError("group", got=repr(group), allowed="block[index]", fix=suggest(group, labels))
         block, i = labels[group]
-        numbers = f"dF = {block.delta_f[i]:.4g} nats, log odds = {block.log_odds[i]:.4g}"
+        score, odds = ("dF", "log odds") if self.baseline is None else (self.baseline, "minus its cut")
+        unit = " nats" if self.baseline is None else ""
+        numbers = f"{score} = {block.delta_f[i]:.4g}{unit}, {odds} = {block.log_odds[i]:.4g}"
         return f"{group}: {block.outcomes[i]}: {block.reasons[i]} ({numbers})"
 
     def diff(self, other: Plan) -> list[str]:

@@ -157,7 +157,8 @@ def _describe_decision(result: Compression) -> dict[str, Any]:
         for b in plan.blocks for i in range(b.size)
     ]  # fmt: skip
     rows.sort(key=lambda row: abs(row["odds"]) if math.isfinite(row["odds"]) else math.inf)
-    rule = [(key.replace("_", " "), "none" if value is None else value) for key, value in plan.rule.items()]
+    rule = [(key.replace("_", " "), _say(value)) for key, value in plan.rule.items()]
+    baseline = plan.baseline
     outcomes = [outcome for block in plan.blocks for outcome in block.outcomes]
     counts = ", ".join(f"{outcomes.count(o)} {o}" for o in ("keep", "prune", "abstain"))
     return {
@@ -167,7 +168,15 @@ def _describe_decision(result: Compression) -> dict[str, Any]:
         "method": f"Estimated by {plan.evidence['method']}." if "method" in plan.evidence else "",
         "closest": rows[:_CLOSEST],
         "num_groups": len(rows),
+        "odds_name": "log odds" if baseline is None else f"{baseline} minus its cut",
+        "score_name": "\u0394F (nats)" if baseline is None else baseline,
     }
+
+
+def _say(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_say(part)}" for key, part in value.items())
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _describe_origin(plan: Plan, command: str | None) -> list[tuple[str, str]]:

@@ -1,7 +1,9 @@
 r"""One number per group, with its unit, its error and where it came from.
 
-The default score is the log Bayes factor of a reduced prior on the group's multiplier (``bmr.reduce``).  What a
-decision needs besides is kept with it: for a reduction to an event :math:`I` (a ROPE),
+The default score is the log Bayes factor of a reduced prior on the group's multiplier (``bmr.reduce``).  A published
+score that is no change of prior (``Family.baselines``) has no odds: it is compared with a cut per block (``gap``).
+
+What a decision needs besides is kept with a log Bayes factor: for a reduction to an event :math:`I` (a ROPE),
 
 .. math::
     \Delta F = \ln Q(I) - \ln P(I), \qquad \Delta F_c = \ln\frac{1-Q(I)}{1-P(I)},
@@ -28,7 +30,8 @@ from pyrobc.bmr import learn_inclusion, reduce
 from pyrobc.dependency import first_tensor
 from pyrobc.dists import interval_log_mass
 from pyrobc.errors import ReductionError, suggest
-from pyrobc.family import GroupScale, ReducedPrior
+from pyrobc.family import Baseline, GroupScale, ReducedPrior
+from pyrobc.gap import find_gap
 from pyrobc.groups import GroupSpec
 from pyrobc.negligible import DEFAULT_EPSILON
 from pyrobc.posterior import Posterior
@@ -42,11 +45,11 @@ PriorOdds = Literal["implied", "learned"] | float
 
 @dataclass(frozen=True)
 class Score:
-    """Log Bayes factors of all groups, by block, in nats; larger says prune.
+    """Log Bayes factors of all groups, by block, in nats; larger says prune.  Or a baseline's numbers in their unit.
 
     Attributes:
-        label: the reduction.
-        delta_f: log evidence gained by the reduction; NaN where undefined.
+        label: the reduction, or the baseline.
+        delta_f: log evidence gained by the reduction, NaN where undefined; of a baseline, its own number.
         complement: log evidence gained by excluding what the reduction keeps (zero for a point).
         implied: prior log odds of the reduction under the full prior; NaN for a point.
         mcse: Monte Carlo standard error of ``delta_f``.
@@ -56,6 +59,8 @@ class Score:
         epsilon: largest share of the next layer's input that is negligible.
         spec: the groups scored.
         provenance: where the posterior came from, for plans.
+        unit: of ``delta_f``.
+        cuts: of a baseline, the number by block above which a group is pruned, NaN where there is none; else None.
     """
 
     label: str
@@ -71,14 +76,23 @@ class Score:
     provenance: Mapping[str, Any]
     unit: str = "nats"
     direction: str = "larger prunes"
+    cuts: Mapping[str, float] | None = None
 
     def log_odds(self, prior_odds: PriorOdds = "implied") -> dict[str, Floats]:
-        """Posterior log odds that each group is negligible.
+        """Posterior log odds that each group is negligible; of a baseline, how far it lies above its cut.
 
         Args:
             prior_odds: ``implied`` by the sparsity prior, ``learned`` per block (Beta-Bernoulli inclusion rate with a
                 uniform prior, Markovic, Friston and Kiebel 2024), or a fixed prior probability of the reduced model.
+                A baseline takes none.
         """
+        if self.cuts is not None:
+            if prior_odds != "implied":
+                raise ReductionError(
+                    f"prior odds for the baseline {self.label!r}", got=repr(prior_odds),
+                    allowed="none: it is no log Bayes factor, and is compared with its cut", fix="leave prior_odds out",
+                )  # fmt: skip
+            return {b: values - self.cuts[b] for b, values in self.delta_f.items()}
         evidence = {b: self.delta_f[b] - self.complement[b] for b in self.delta_f}
         if prior_odds == "implied":
             if any(np.isnan(self.implied[b]).all() for b in evidence):
@@ -102,10 +116,11 @@ class Score:
         import pandas as pd
 
         odds = self.log_odds() if not all(np.isnan(v).all() for v in self.implied.values()) else self.log_odds(0.5)
+        names = ("delta_f", "log_odds") if self.cuts is None else (self.label, "above_cut")
         columns = {
-            "delta_f": self.delta_f,
+            names[0]: self.delta_f,
             "mcse": self.mcse,
-            "log_odds": odds,
+            names[1]: odds,
             "threshold": self.threshold,
             "mean_scale": self.mean_scale,
         }
@@ -121,24 +136,27 @@ def score(
     num_draws: int = 1000,
     seed: int = 0,
 ) -> Score:
-    """Score every group's removal through a change of prior on its multiplier.
+    """Score every group's removal through a change of prior on its multiplier, or by a published baseline.
 
     Args:
         posterior: what ``fit`` returned.
-        reduction: label of one of the family's reduced priors; its default if None.
+        reduction: label of one of the family's reduced priors, or of its baselines; its default reduction if None.
         epsilon: largest share of the next layer's input that a negligible group may carry.
         num_draws: draws where no closed form exists.
         seed: their seed.
     """
     family, spec = posterior.model.family, posterior.model.spec
     label = reduction or family.default_reduction
-    choices = family.reduced()
+    choices, baselines = family.reduced(), family.baselines()
+    if label in baselines and label not in choices:
+        return _score_baseline(posterior, baselines[label], epsilon)
     if label not in choices:
+        known = [*choices, *baselines]
         raise ReductionError(
             f"reduction for family {family.name!r}",
             got=repr(label),
-            allowed=", ".join(choices),
-            fix=suggest(label, choices),
+            allowed=", ".join(known),
+            fix=suggest(label, known),
         )
     generator = torch.Generator().manual_seed(seed)
     thresholds = posterior.thresholds(epsilon)
@@ -166,6 +184,29 @@ def score(
         epsilon=epsilon,
         spec=spec,
         provenance=_provenance(posterior),
+    )
+
+
+def _score_baseline(posterior: Posterior, baseline: Baseline, epsilon: float) -> Score:
+    """A baseline's numbers and their cuts; no Monte Carlo error, no odds, no ROPE."""
+    spec, scales, thresholds = posterior.model.spec, posterior.scales(), posterior.thresholds(epsilon)
+    values = {b.name: _to_array(baseline.of(scales[b.name].posterior), b.size) for b in spec.blocks}
+    gaps = {name: find_gap(numbers) for name, numbers in values.items()}
+    zero = {name: np.zeros_like(numbers) for name, numbers in values.items()}
+    return Score(
+        label=baseline.label,
+        delta_f=values,
+        complement=zero,
+        implied=zero,
+        mcse=zero,
+        threshold={b: _to_array(t, len(t)) for b, t in thresholds.items()},
+        mean_scale={b: _to_array(s.posterior.mean, spec.block(b).size) for b, s in scales.items()},
+        reasons={name: gap.reason for name, gap in gaps.items() if gap.reason},
+        epsilon=epsilon,
+        spec=spec,
+        provenance=_provenance(posterior),
+        unit=baseline.unit,
+        cuts={name: gap.cut for name, gap in gaps.items()},
     )
 
 

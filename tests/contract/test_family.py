@@ -230,6 +230,18 @@ def test_a_group_near_zero_scores_above_one_far_away(name: str) -> None:
         assert not bool(torch.isnan(delta_f).any()), label
         assert float(delta_f[0]) > float(delta_f[1]), label
     assert float(delta_f[0]) > -1.0 and model.family.default_reduction in model.family.reduced()
+    for label, baseline in model.family.baselines().items():
+        values = baseline.of(scale.posterior)
+        assert values.shape == scale.posterior.batch_shape and bool(torch.isfinite(values).all()), label
+        assert float(values[0]) > float(values[1]), label
+
+
+@every_family
+def test_baselines_have_names_of_their_own(name: str) -> None:
+    family = make_family(name)
+    for label, baseline in family.baselines().items():
+        assert baseline.label == label and baseline.unit
+        assert label not in family.reduced()
 
 
 @every_family

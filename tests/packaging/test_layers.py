@@ -27,7 +27,7 @@ LAYERS = {
         "posterior",
         "settings",
     },
-    2: {"scores", "evidence", "decide", "plan"},
+    2: {"scores", "evidence", "decide", "gap", "plan"},
     3: {
         "surgery",
         "bits",

@@ -118,6 +118,7 @@ def test_unwritable_place_is_refused(result, tmp_path):
 def test_figures_are_inline_svg_with_the_page_s_ink(result):
     before = dict(__import__("matplotlib").rcParams)
     drawings = {"scores": draw_scores(result.plan), "training": draw_training(result.history)}
+    assert "\u0394F (nats)" in drawings["scores"]
     assert dict(__import__("matplotlib").rcParams) == before
     for name, svg in drawings.items():
         root = ET.fromstring(svg)
