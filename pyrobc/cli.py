@@ -1,4 +1,4 @@
-"""The command ``pyrobc``: demo, compress, inspect, doctor.
+"""The command ``pyrobc``: demo, compress, inspect, pack, unpack, doctor.
 
 A refusal is one line on stderr and exit code 2; an interrupted run ends with 130 and resumes when started again.
 Nothing heavy is imported before a command runs, so that help and refusals come at once.
@@ -18,7 +18,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from pyrobc import coded_files
 from pyrobc._version import __version__
+from pyrobc.console import make_parser, print_table
 from pyrobc.errors import ConfigError, PyrobcError, suggest
 
 __all__ = ["main"]
@@ -72,12 +74,8 @@ def _describe_commands() -> str:
     return "\n".join(lines)
 
 
-def _make_parser(name: str, description: str) -> ArgumentParser:
-    return ArgumentParser(prog=f"pyrobc {name}", description=description, exit_on_error=False, allow_abbrev=False)
-
-
 def _make_demo_parser() -> ArgumentParser:
-    parser = _make_parser("demo", "compress a small network on scikit-learn's digits")
+    parser = make_parser("demo", "compress a small network on scikit-learn's digits")
     parser.add_argument("--output", type=str, default="runs/demo", help="directory for everything the run writes")
     parser.add_argument("--seed", type=int, default=0, help="of all randomness")
     parser.add_argument(
@@ -89,13 +87,13 @@ def _make_demo_parser() -> ArgumentParser:
 def _make_compress_parser() -> ArgumentParser:
     from pyrobc.config import add_run_options
 
-    parser = _make_parser("compress", "compress a network of your own on data of your own")
+    parser = make_parser("compress", "compress a network of your own on data of your own")
     add_run_options(parser)
     return parser
 
 
 def _make_inspect_parser() -> ArgumentParser:
-    parser = _make_parser("inspect", "show a plan: widths, rule, notes")
+    parser = make_parser("inspect", "show a plan: widths, rule, notes")
     parser.add_argument("plan", type=str, help="plan.json, or the directory that holds it")
     parser.add_argument("--group", type=str | None, default=None, help="explain one group, block[index]")
     parser.add_argument("--diff", type=str | None, default=None, help="another plan: say where they differ")
@@ -103,7 +101,7 @@ def _make_inspect_parser() -> ArgumentParser:
 
 
 def _make_doctor_parser() -> ArgumentParser:
-    return _make_parser("doctor", "show versions, devices, and what is missing")
+    return make_parser("doctor", "show versions, devices, and what is missing")
 
 
 def _run_demo(options: Namespace, command: list[str]) -> int:
@@ -156,7 +154,7 @@ def _run_inspect(options: Namespace, command: list[str]) -> int:
     print(f"parameters {plan.parameters[0]:,} -> {plan.parameters[1]:,} ({ratio} times fewer)")
     print(f"multiply-accumulates {plan.macs[0]:,} -> {plan.macs[1]:,}")
     rows = [[b.name, str(b.size), *(str(b.outcomes.count(o)) for o in OUTCOMES)] for b in plan.blocks]
-    _print_table(["block", "groups", *OUTCOMES], rows)
+    print_table(["block", "groups", *OUTCOMES], rows)
     facts = {"rule": plan.rule, "evidence": plan.evidence, "from": plan.provenance, "left alone": plan.left_alone}
     for title, values in facts.items():
         shown = {key: value for key, value in values.items() if key != "references"}
@@ -179,6 +177,8 @@ COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace, lis
     "demo": (_make_demo_parser, _run_demo),
     "compress": (_make_compress_parser, _run_compress),
     "inspect": (_make_inspect_parser, _run_inspect),
+    "pack": (coded_files.make_pack_parser, coded_files.run_pack),
+    "unpack": (coded_files.make_unpack_parser, coded_files.run_unpack),
     "doctor": (_make_doctor_parser, _run_doctor),
 }
 
@@ -197,7 +197,7 @@ def _finish(result: Any, folder: Path, command: list[str]) -> None:
         result, folder / "report.html", files=files, differences=differences, command=shlex.join(command)
     )
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    _print_table(["", "dense", "compact", "ratio"], [list(row.values()) for row in tabulate(result)])
+    print_table(["", "dense", "compact", "ratio"], [list(row.values()) for row in tabulate(result)])
     print(describe_measurement(result))
     for note in (*result.plan.notes, *files.notes):
         print(f"note: {note}")
@@ -227,25 +227,3 @@ def _check_writable(folder: Path) -> None:
     probe = folder / ".writable"
     write_text(probe, "\n")
     probe.unlink(missing_ok=True)
-
-
-def _print_table(header: list[str], rows: list[list[str]]) -> None:
-    """On a terminal with rich (extra ``cli``) a drawn table, elsewhere aligned text."""
-    if sys.stdout.isatty():
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            pass
-        else:
-            table = Table(*header)
-            for column in table.columns[1:]:
-                column.justify = "right"
-            for row in rows:
-                table.add_row(*row)
-            Console().print(table)
-            return
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        print("  ".join(cells).rstrip())

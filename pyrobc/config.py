@@ -15,16 +15,28 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jsonargparse
 
 from pyrobc.errors import ConfigError, DataError, suggest
 
-__all__ = ["DataConfig", "RunConfig", "add_run_options", "build_run", "parse", "read_config", "to_config"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "DataConfig",
+    "RunConfig",
+    "add_run_options",
+    "build_network",
+    "build_run",
+    "parse",
+    "read_config",
+    "to_config",
+]
 
 BUILT_IN = {"lenet_300_100": "mlp", "lenet_5": "lenet", "lenet_5_caffe": "lenet", "mlp": "mlp"}
 """Networks that come with the package: name to module of ``pyrobc.models``."""
@@ -127,7 +139,7 @@ def parse(parser: jsonargparse.ArgumentParser, arguments: Sequence[str]) -> json
 
 def _explain(message: str, help_text: str) -> ConfigError:
     """What jsonargparse said, with the nearest option or key named."""
-    options = re.findall(r"--[a-z][\w.]*", help_text)
+    options = re.findall(r"--[a-z][\w.-]*", help_text)
     if unknown := re.search(r"unrecognized arguments: (\S+)", message):
         name = unknown[1]
         allowed = "options of this command, see --help" if name.startswith("-") else "no further argument"
@@ -141,7 +153,8 @@ def _explain(message: str, help_text: str) -> ConfigError:
         near = [key for key in keys if key.count(".") == name.count(".")] or keys
         return ConfigError("run file", got=f"the key {name!r}", allowed=", ".join(near), fix=suggest(name, near))
     if missing := re.search(r"arguments are required: ([^\s,]+)", message):
-        fix = f"give --{missing[1]}, or put it in the run file" if f"--{missing[1]}" in options else "see --help"
+        has_file = ", or put it in the run file" if "--config" in options else ""
+        fix = f"give --{missing[1]}{has_file}" if f"--{missing[1]}" in options else "see --help"
         return ConfigError("settings", got=f"no {missing[1]}", allowed=f"a value for {missing[1]}", fix=fix)
     wrong = re.search(r'Parser key "([^"]+)":? ?(.*)', message)
     subject, got = (f"setting {wrong[1]}", wrong[2]) if wrong else ("settings", message)
@@ -165,26 +178,39 @@ def build_run(config: RunConfig) -> dict[str, Any]:
     """
     import torch
 
-    from pyrobc.batches import seeded
-
     _check_device(config.device)
+    net = build_network(config.model, config.model_args, config.state_dict, seed=config.seed)
     with _importing_from_here():
-        build = _find_model(config.model)
-        with seeded(config.seed), _blaming(f"model {config.model!r}", "model_args that the callable takes"):
-            net = build(**config.model_args)
-        if not isinstance(net, torch.nn.Module):
-            raise ConfigError(
-                f"model {config.model!r}", got=type(net).__name__, allowed="a callable that returns a torch.nn.Module",
-                fix="point at the function or class that builds the network",
-            )  # fmt: skip
-        if config.state_dict is not None:
-            _load_state(net, config.state_dict)
         dtype = getattr(torch, config.dtype)
         sources = {"data": config.data.train, "validation": config.data.validation, "test": config.data.test}
         data = {name: _read_data(name, source, config) for name, source in sources.items() if source is not None}
     replaced = {"model", "data", "model_args", "state_dict", "dtype"}
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in replaced}
     return {"net": net.to(dtype), **data, **settings, "dtype": dtype}
+
+
+def build_network(model: str, arguments: Mapping[str, Any], state_dict: str | None, *, seed: int = 0) -> nn.Module:
+    """The network of an import path or a built-in name, with the weights of a safetensors file if one is named.
+
+    Raises:
+        ConfigError: it cannot be built, or the weights are not its own.
+    """
+    from torch import nn
+
+    from pyrobc.batches import seeded
+
+    with _importing_from_here():
+        build = _find_model(model)
+        with seeded(seed), _blaming(f"model {model!r}", "arguments that the callable takes"):
+            net = build(**arguments)
+        if not isinstance(net, nn.Module):
+            raise ConfigError(
+                f"model {model!r}", got=type(net).__name__, allowed="a callable that returns a torch.nn.Module",
+                fix="point at the function or class that builds the network",
+            )  # fmt: skip
+        if state_dict is not None:
+            _load_state(net, state_dict)
+    return net
 
 
 def _check_device(device: str | None) -> None:

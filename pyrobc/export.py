@@ -273,7 +273,17 @@ def _to_safetensors(net: nn.Module, identity: Mapping[str, str]) -> bytes:
         **identity,
         "aliases": json.dumps(aliases),
     }
-    return to_bytes(tensors, metadata)
+    return _sort_metadata(to_bytes(tensors, metadata))
+
+
+def _sort_metadata(data: bytes) -> bytes:
+    """The same file with its metadata in alphabetical order: the library's own order differs from run to run."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    metadata = dict(sorted(header.pop("__metadata__").items()))
+    text = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _to_onnx(program: torch.export.ExportedProgram) -> bytes:

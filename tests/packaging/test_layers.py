@@ -36,9 +36,11 @@ LAYERS = {
     4: {
         "archive",
         "arrays",
+        "coded_files",
         "compare",
         "compress",
         "config",
+        "console",
         "demo",
         "doctor",
         "export",

@@ -58,6 +58,7 @@ def test_compress_from_file_to_report(here, capfd):
         "run.yaml",
         "model.safetensors",
         "model.pt2",
+        "model.rbc",
         "plan.json",
         "posterior.nc",
         "report.html",
@@ -128,7 +129,7 @@ def test_checkpoint_of_another_run_is_refused(interrupted, capsys):
 
 WRONG = {
     "comprss": "did you mean 'compress'",
-    "--verbose": "allowed: demo, compress, inspect, doctor",
+    "--verbose": "allowed: demo, compress, inspect, pack, unpack, doctor",
     "demo --sead 1": "did you mean '--seed'",
     "demo --family hrseshoe": "did you mean 'group_horseshoe'",
     "demo --output run.yaml/x": "a directory that can be written",
@@ -189,12 +190,12 @@ def test_help_and_refusals_import_nothing_heavy():
     code = (
         "import sys, io, contextlib\nfrom pyrobc.cli import main\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
-        "    codes = [main(a.split()) for a in ('--help', 'compress --help', 'comprss', 'compress --epoch 1')]\n"
+        "    codes = [main(a.split()) for a in ('--help', 'compress --help', 'comprss', 'pack --bit 1', 'unpack')]\n"
         "heavy = {'torch', 'pyro', 'numpy', 'scipy', 'arviz_base', 'matplotlib', 'sklearn'} & sys.modules.keys()\n"
         "print(codes, sorted(heavy))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[0, 0, 2, 2] []", done.stderr
+    assert done.stdout.strip() == "[0, 0, 2, 2, 2] []", done.stderr
 
 
 def test_module_and_pipe(compressed, tmp_path):

@@ -356,7 +356,7 @@ def test_damaged_coded_file_is_refused_by_name(saved, tmp_path):
     for name, damaged in {"empty": b"", "text": b"nothing at all", "cut": content[:-3], "flipped": flipped}.items():
         file = tmp_path / f"{name}.rbc"
         file.write_bytes(damaged)
-        with pytest.raises(OutputError, match=f"network .*{name}.rbc: got .*pack the network again"):
+        with pytest.raises(OutputError, match=f"network .*{name}.rbc: got "):
             load(file)
     with pytest.raises(OutputError, match="no such file"):
         load(tmp_path / "nosuch.rbc")
