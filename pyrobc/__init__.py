@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from pyrobc.plan import Plan as Plan
     from pyrobc.plan import read_plan as read_plan
     from pyrobc.posterior import Posterior as Posterior
+    from pyrobc.report import compression_table as compression_table
     from pyrobc.report import write_report as write_report
     from pyrobc.scores import Score as Score
     from pyrobc.scores import score as score
@@ -56,7 +57,7 @@ _PUBLIC = {
     "Normal": "likelihoods", "Plan": "plan", "Posterior": "posterior", "Result": "compress", "Score": "scores",
     "apply": "surgery", "compare": "compare", "compress": "compress", "decide": "decide", "evidence": "evidence",
     "fit": "fit", "lift": "lift", "load": "export", "read_plan": "plan", "save": "export", "score": "scores",
-    "write_report": "report",
+    "compression_table": "report", "write_report": "report",
 }  # fmt: skip
 _PACKAGES = ("bits", "bmr", "codec", "dists", "errors", "families", "guides", "models")
 

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from pyrobc.accounting import CompressionTable, compression_table
 from pyrobc.checkpoint import write_text
 from pyrobc.errors import MissingExtraError
 from pyrobc.plan import Plan
 
-__all__ = ["describe_measurement", "tabulate", "write_report"]
+__all__ = ["CompressionTable", "compression_table", "describe_measurement", "tabulate", "write_report"]
 
 MEASURES = {
     "error": "error on test rows",

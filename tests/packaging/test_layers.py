@@ -34,6 +34,7 @@ LAYERS = {
         "codec",
     },
     4: {
+        "accounting",
         "archive",
         "arrays",
         "coded_files",
