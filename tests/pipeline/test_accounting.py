@@ -11,6 +11,7 @@ from torch import nn
 
 import pyrobc as bc
 from pyrobc import codec
+from pyrobc.accounting import _find_variances
 from pyrobc.batches import seeded
 from pyrobc.bits import layer_bits, published_rates, round_to_grid
 from pyrobc.errors import FamilyError, OutputError, PlanError
@@ -138,7 +139,9 @@ def test_bits_from_the_posterior_follow_the_published_rule(family, keeping):
         guide = model.new_guide()
         with torch.no_grad():
             for key, parameter in guide.named_parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter) + (2.0 if key.endswith("log_scale") else 0.0))
+                is_multiplier = key.endswith("loc") and not key.endswith(("weight.loc", "bias.loc"))
+                shift = -2.0 if is_multiplier else 3.0 if key.endswith("log_scale") else 0.0  # multipliers far from one
+                parameter.add_(0.1 * torch.randn_like(parameter) + shift)
         posterior = Posterior(model, guide, 10)
     plan = keeping(model.spec, {"0": [0, 2]})
     small = posterior.restricted({"0": np.array([0, 2])})
@@ -149,6 +152,8 @@ def test_bits_from_the_posterior_follow_the_published_rule(family, keeping):
     gates = torch.stack([e.gates["0"] for e in effective]).repeat_interleave(4, dim=1)[:, None, :]
     weights = torch.stack([e.parameters["3.weight"] for e in effective]) * gates
     first = torch.stack([e.parameters["0.weight"] for e in effective])
+    for name, drawn in {"0.weight": first, "3.weight": weights}.items():  # summed, as single ones have heavy tails
+        assert _find_variances(small)[name].sum() == pytest.approx(float(drawn.detach().double().var(0).sum()), rel=0.1)
     bits = [layer_bits(w.detach().double().var(0).numpy())[1] for w in (first, weights)]
     assert [part.bits for part in table.layers] == pytest.approx(bits, abs=1)  # a mean near a whole number may tip
     wide = compression_table(plan, posterior=small, exponent=5)

@@ -6,6 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from pyrobc import cli
+from pyrobc.export import load
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,9 +33,19 @@ def test_the_example_prints_what_the_readme_says(tmp_path, monkeypatch):
         assert re.sub(r"[\d.e+-]+", "#", mine) == re.sub(r"[\d.e+-]+", "#", theirs)
     ratio, promised = (float(re.search(r"(\d+)x fewer", "\n".join(lines))[1]) for lines in (got, printed))
     assert ratio == pytest.approx(promised, rel=0.25)
-    assert {"model.pt2", "model.safetensors", "model.onnx", "plan.json"} <= {
+    assert {"model.pt2", "model.safetensors", "model.onnx", "model.rbc", "plan.json"} <= {
         p.name for p in (tmp_path / "run").iterdir()
     }
+    for command in re.findall(r"`pyrobc ((?:un)?pack [^`]*)`", README):
+        assert cli.main(command.split()) == 0, command
+    assert (tmp_path / "x.rbc").stat().st_size < (tmp_path / "run" / "model.rbc").stat().st_size
+    assert load("x.rbc")(torch.zeros(3, 64)).shape == (3, 10)
+
+
+def test_its_commands_exist():
+    commands = re.findall(r"^pyrobc ([a-z]+)|`pyrobc ([a-z]+)", README, flags=re.MULTILINE)
+    assert {a or b for a, b in commands} >= {"demo", "compress", "pack", "unpack"}
+    assert all((a or b) in cli.COMMANDS for a, b in commands)
 
 
 def test_its_make_targets_exist():
