@@ -8,86 +8,130 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
-from pyrobc.codec.format import MAX_VARINT, ByteReader, ByteWriter, damaged
-from pyrobc.codec.streams import MAX_CLASS, MAX_MASK, MAX_WIDTH, SymbolReader, SymbolWriter, classes_cost, mask_cost
+from pyrobc.codec.coder import MAX_STEPS, BitCoder, BitMeter, damaged
+from pyrobc.codec.format import MAX_NUMBER, FieldReader, FieldWriter
+from pyrobc.codec.geometry import Geometry
+from pyrobc.codec.priors import find_level
+from pyrobc.codec.sparse import MAX_COLUMNS, SparseCoder
 
-__all__ = ["IndexForm", "read_index", "take_index", "write_index"]
+__all__ = ["MAX_WIDTH", "IndexForm", "code_index", "plan_index", "read_index", "write_index"]
 
 Ints = NDArray[np.int64]
-_MASK, _GAPS = 0, 1
-
-
-def write_index(index: Ints, header: ByteWriter, stream: SymbolWriter, ledger: dict[str, float]) -> int:
-    """Append ascending indices; returns the width of the image whose pixels they seem to be, 0 if none."""
-    last = int(index[-1])
-    positions, mask = np.arange(last + 1), np.zeros((1, last + 1), dtype=np.bool_)
-    gaps = np.diff(index, prepend=-1) - 1
-    cost, width = classes_cost(gaps), -1
-    if last < stream.room:
-        mask[0, index] = True
-        for candidate in {0, _find_width(mask[0])}:
-            bits = mask_cost(mask, positions, candidate)
-            if bits < cost:
-                cost, width = bits, candidate
-    before = len(header.content)
-    header.put_varint(last)
-    header.put_byte(_GAPS if width < 0 else _MASK)
-    if width < 0:
-        classes = max(1, int(gaps.max()).bit_length())
-        header.put_varint(classes)
-        cost = stream.put_classes(gaps, classes)
-    else:
-        header.put_varint(width)
-        cost = stream.put_mask(mask, positions, width)
-    ledger["indices"] += cost + 8 * (len(header.content) - before)
-    return max(width, 0)
+MAX_WIDTH = 64
+"""Width of the widest image whose rows a mask is told of."""
 
 
 @dataclass(frozen=True)
 class IndexForm:
-    """How indices are stored: the last one, gaps or a mask, and the largest class or the width of the image."""
+    """How many indices there are, the last one, and the width of the image whose pixels they are; -1: as gaps."""
 
+    count: int
     last: int
-    mode: int
-    setting: int
+    width: int
+
+    @property
+    def steps(self) -> int:
+        """Decisions that the indices take at most."""
+        return 3 * self.count if self.width < 0 else 2 * (self.last + 1)
 
 
-def read_index(reader: ByteReader, count: int) -> IndexForm:
+def plan_index(index: Ints, weights: NDArray[np.float32]) -> IndexForm:
+    """The shorter form of ascending indices; ``weights`` are those of their columns, and show an image's width."""
+    count, last = len(index), int(index[-1])
+    gaps = IndexForm(count, last, -1)
+    if last >= MAX_COLUMNS:
+        return gaps
+    return min(gaps, IndexForm(count, last, _find_width(index, weights)), key=lambda form: _cost(form, index))
+
+
+def write_index(form: IndexForm, out: FieldWriter) -> None:
+    """The header: the last index, a flag (mask or gaps), and for a mask the width."""
+    out.put_number(form.last)
+    out.put_flag(form.width >= 0)
+    if form.width >= 0:
+        out.put_number(form.width)
+
+
+def read_index(reader: FieldReader, count: int) -> IndexForm:
     """The header of ``count`` indices."""
-    last = reader.take_varint(minimum=count - 1, maximum=MAX_VARINT - 1)
-    mode = reader.take_byte()
-    if mode not in (_MASK, _GAPS) or (mode == _MASK and last >= MAX_MASK):
+    last = reader.take_number(minimum=count - 1, maximum=MAX_NUMBER - 1)
+    width = reader.take_number(maximum=MAX_WIDTH) if reader.take_flag() else -1
+    form = IndexForm(count, last, width)
+    if width >= 0 and last >= MAX_COLUMNS or form.steps > MAX_STEPS:
         raise damaged("indices of an unknown form")
-    setting = reader.take_varint(1, MAX_CLASS) if mode == _GAPS else reader.take_varint(maximum=MAX_WIDTH)
-    return IndexForm(last, mode, setting)
+    return form
 
 
-def take_index(form: IndexForm, count: int, stream: SymbolReader) -> Ints:
-    """Ascending indices, the last one as announced."""
-    if form.mode == _MASK:
-        index = np.flatnonzero(stream.take_mask(1, np.arange(form.last + 1), form.setting))
-    else:
-        gaps = stream.take_classes(count, form.setting)
-        if (gaps < 0).any():
-            raise damaged("indices that descend")
-        index = np.cumsum(gaps.astype(np.int64) + 1) - 1
-    if len(index) != count or index[-1] != form.last:
+def code_index(coder: BitCoder, form: IndexForm, index: Ints | None) -> Ints:
+    """Code ascending indices, or decode them if ``index`` is None."""
+    if form.width < 0:
+        return _code_gaps(coder, form, index)
+    mask = None
+    if index is not None:
+        chosen = np.zeros(form.last + 1, dtype=np.int64)
+        chosen[index] = 1
+        mask = chosen.tolist()
+    geometry = Geometry("pixels" if form.width else "vector", np.arange(form.last + 1), form.last + 1, form.width)
+    level = find_level(form.count, form.last + 1)
+    found = np.flatnonzero(SparseCoder(coder, geometry, 1, level, only_mask=True).code_row(mask))
+    if len(found) != form.count or found[-1] != form.last:
         raise damaged("indices that do not fit the layer")
-    return index
+    return found
 
 
-def _find_width(mask: NDArray[np.bool_]) -> int:
-    """The image width under which the pixel above and the one to the left predict best, 0 for short masks.
+def _code_gaps(coder: BitCoder, form: IndexForm, index: Ints | None) -> Ints:
+    """Gaps minus one, as numbers."""
+    coder.claim(form.steps)
+    if index is not None:
+        out = FieldWriter(coder)
+        for gap in np.diff(index, prepend=-1).tolist():
+            out.put_number(gap - 1)
+        return index
+    reader = FieldReader(coder)
+    found = np.cumsum([reader.take_number() + 1 for _ in range(form.count)]) - 1
+    if found[-1] != form.last:
+        raise damaged("indices that do not fit the layer")
+    return found
 
-    For each width, ones among ``n`` entries of a neighbourhood are Beta(1/2, 1/2)-binomial: the shortest code wins.
+
+def _cost(form: IndexForm, index: Ints) -> float:
+    meter = BitMeter()
+    code_index(meter, form, index)
+    return meter.bits
+
+
+def _find_width(index: Ints, weights: NDArray[np.float32]) -> int:
+    """The image width under which the weight above and the one to the left predict signs best, 0 if neither does.
+
+    For each width, the signs of the weights after the same two signs are Dirichlet(1/2)-multinomial.  The shortest code
+    is off by one where strokes are slanted, so that the model itself chooses among its neighbours and a common width.
     """
-    widths = range(2, min(MAX_WIDTH, len(mask) // 4) + 1)
-    bits, start = mask.astype(np.int64), widths.stop - 1  # the same entries for every width
+    rows = _SAMPLE // (int(index[-1]) + 1) + 1
+    signs = np.ones((min(len(weights), rows), int(index[-1]) + 1), dtype=np.int64)  # 0, 1, 2: minus, none, plus
+    signs[:, index] += np.sign(weights[:rows]).astype(np.int64)
+    widths = range(2, min(MAX_WIDTH, signs.shape[1] // 4) + 1)
+    start = widths.stop - 1  # the same entries for every width
 
     def cost(width: int) -> float:
-        near = 2 * bits[start - 1 : -1] + bits[start - width : -width]
-        ones = np.bincount(near, weights=bits[start:], minlength=4)
-        zeros = np.bincount(near, minlength=4) - ones
-        return float((gammaln(ones + zeros + 1.0) - gammaln(ones + 0.5) - gammaln(zeros + 0.5)).sum())
+        near = 3 * signs[:, start - 1 : -1] + signs[:, start - width : -width] if width else 0 * signs[:, start:]
+        counts = np.bincount((3 * near + signs[:, start:]).ravel(), minlength=27).reshape(9, 3)
+        return float((gammaln(counts.sum(1) + 1.5) - gammaln(counts + 0.5).sum(1)).sum())
 
-    return min(widths, key=cost) if widths else 0
+    found = min((0, *widths), key=cost) if widths else 0
+    if not found:
+        return 0
+    sample = signs[: _FEW // len(index) + 1, index] - 1
+    level = find_level(int(np.count_nonzero(sample)), sample.size)
+
+    def exact(width: int) -> float:
+        meter = BitMeter()
+        coder = SparseCoder(meter, Geometry("image", index, int(index[-1]) + 1, width), len(sample), level)
+        for row in sample.tolist():
+            coder.code_row(row)
+        return meter.bits
+
+    return min({found - 1, found, found + 1, _COMMON} & set(widths), key=exact)
+
+
+_SAMPLE, _FEW = 2**16, 2**13  # entries that are looked at
+_COMMON = 28

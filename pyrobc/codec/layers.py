@@ -1,8 +1,10 @@
-"""Layers of an ``.rbc`` file: the ones there are, their settings as bytes, and empty layers from bytes.
+"""Layers of an ``.rbc`` file: the ones there are, their settings as fields, and empty layers from fields.
 
-A layer is one byte, its number in ``LAYERS``; then its required settings; then, if the byte's high bit is set, a byte
-whose bits say which optional settings differ from their defaults, and those settings.  Sizes are varints, one for each
-spatial dimension.  Nothing here names a class that is not in the table, so a file cannot.
+A layer is its number in ``LAYERS``; then its required settings; then a flag (probability 1/8), whether optional
+settings differ from their defaults, and if so a flag for each and those that differ.  Sizes are numbers.  *Sizes in
+several dimensions*: a flag (probability 7/8), whether all are equal; then one or all of them.  *Incoming channels or
+features*: if an earlier layer has some, a flag (7/8), whether they are as many as the last one's; if not, how many.
+Nothing here names a class that is not in the table, so a file cannot.
 """
 
 from __future__ import annotations
@@ -15,16 +17,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyrobc.codec.format import MAX_VARINT, ByteReader, ByteWriter, damaged
+from pyrobc.codec.coder import damaged
+from pyrobc.codec.format import MAX_NUMBER, FieldReader, FieldWriter
 from pyrobc.errors import OutputError
 from pyrobc.slicing import SelectLinear
 
-__all__ = ["SEQUENTIAL", "Layer", "build_layer", "describe_layer", "read_layer", "write_layer"]
+__all__ = [
+    "NAMED", "SEQUENTIAL", "Layer", "build_layer", "describe_layer", "find_channels", "put_kind", "read_layer",
+    "take_kind", "write_layer",
+]  # fmt: skip
 
-SEQUENTIAL = 0
+SEQUENTIAL, NAMED = 0, 31
+"""Numbers of a ``Sequential`` whose children are named 0, 1, 2, ..., and of one with other names."""
 MAX_SETTING = 4096
 """Largest kernel, stride, padding and dilation."""
-_HIGH_BIT = 0x80
+_LIKELY, _UNLIKELY = 57344, 8192  # 7/8 and 1/8
 
 
 @dataclass(frozen=True)
@@ -147,33 +154,55 @@ def describe_layer(module: nn.Module, name: str) -> Layer:
     return Layer(number, settings)
 
 
-def write_layer(layer: Layer, out: ByteWriter) -> None:
-    """Append a layer's bytes."""
+def write_layer(layer: Layer, out: FieldWriter, channels: int) -> None:
+    """Append a layer's settings; ``channels`` come out of the layer before, 0 if unknown."""
     kind = LAYERS[layer.number]
-    differing = [s for s in kind.optional if layer.settings[s.name] != _default(s, layer.settings)]
-    out.put_byte(layer.number | (_HIGH_BIT if differing else 0))
     for setting in kind.required:
-        _put(out, setting, layer.settings[setting.name])
-    if differing:
-        out.put_byte(sum(1 << i for i, s in enumerate(kind.optional) if s in differing))
-        for setting in differing:
-            _put(out, setting, layer.settings[setting.name])
+        _put(out, setting, layer.settings[setting.name], channels)
+    differs = [layer.settings[s.name] != _default(s, layer.settings) for s in kind.optional]
+    if kind.optional:
+        out.put_flag(any(differs), _UNLIKELY)
+    if any(differs):
+        for setting, differing in zip(kind.optional, differs, strict=True):
+            out.put_flag(differing)
+            if differing:
+                _put(out, setting, layer.settings[setting.name], channels)
 
 
-def read_layer(code: int, reader: ByteReader) -> Layer:
-    """The layer whose first byte, ``code``, is already taken."""
-    kind = LAYERS.get(code & ~_HIGH_BIT)
+def read_layer(number: int, reader: FieldReader, channels: int) -> Layer:
+    """The layer whose number is already taken."""
+    kind = LAYERS.get(number)
     if kind is None:
-        raise damaged(f"a layer of unknown number {code & ~_HIGH_BIT}")
-    settings = {s.name: _take(reader, s) for s in kind.required}
-    differing = reader.take_byte() if code & _HIGH_BIT else 0
-    if differing >> len(kind.optional):
-        raise damaged("a setting that its layer does not have")
-    for i, setting in enumerate(kind.optional):
-        is_given = differing >> i & 1
-        settings[setting.name] = _take(reader, setting) if is_given else _default(setting, settings)
+        raise damaged(f"a layer of unknown number {number}")
+    settings = {s.name: _take(reader, s, channels) for s in kind.required}
+    some_differ = bool(kind.optional) and reader.take_flag(_UNLIKELY)
+    for setting in kind.optional:
+        is_given = some_differ and reader.take_flag()
+        settings[setting.name] = _take(reader, setting, channels) if is_given else _default(setting, settings)
     _check(settings)
-    return Layer(code & ~_HIGH_BIT, settings)
+    return Layer(number, settings)
+
+
+def put_kind(out: FieldWriter, number: int, last: int) -> None:
+    """Append a number after a layer of number ``last``: a flag, whether it is the usual one; if not, five bits."""
+    usual = _USUAL.get(last, SEQUENTIAL)
+    out.put_flag(number == usual, _LIKELY)
+    if number != usual:
+        out.put_bits(number, 5)
+
+
+def take_kind(reader: FieldReader, last: int) -> int:
+    """What ``put_kind`` wrote."""
+    return _USUAL.get(last, SEQUENTIAL) if reader.take_flag(_LIKELY) else reader.take_bits(5)
+
+
+# What usually comes after a layer; before all is a Sequential.
+_USUAL = {SEQUENTIAL: 3, 1: 2, 2: 8, 3: 8, 4: 8, 5: 14, 6: 8, 7: 8, 8: 2, 13: 4, 14: 5, 17: 2}
+
+
+def find_channels(layer: Layer, channels: int) -> int:
+    """What comes out of a layer if ``channels`` come in."""
+    return int(layer.settings.get("out_features") or layer.settings.get("out_channels") or channels)
 
 
 def build_layer(layer: Layer) -> nn.Module:
@@ -198,7 +227,7 @@ def _collapse(value: Any) -> Any:
 def _check(settings: Mapping[str, Any]) -> None:
     """Refuse what torch would accept now and fail on later."""
     numbers = [math.prod(v) if isinstance(v, tuple) else v for k, v in settings.items() if k in _FACTORS]
-    if math.prod(numbers) > MAX_VARINT:
+    if math.prod(numbers) > MAX_NUMBER:
         raise damaged("a layer of too many weights")
     groups = settings.get("groups", 1)
     if settings.get("in_channels", 0) % groups or settings.get("out_channels", 0) % groups:
@@ -237,33 +266,50 @@ def _refuse(layer: str, got: str, allowed: str) -> OutputError:
     )
 
 
-def _put(out: ByteWriter, setting: Setting, value: Any) -> None:
+def _put(out: FieldWriter, setting: Setting, value: Any, channels: int) -> None:
     if setting.num:
-        for part in value:
-            out.put_varint(part)
+        is_even = len(set(value)) == 1
+        if setting.num > 1:
+            out.put_flag(is_even, _LIKELY)
+        for part in value[:1] if is_even else value:
+            out.put_number(part)
     elif setting.code == "signed":
         out.put_signed(value)
     elif setting.code in ("real", "momentum"):
         out.put_double(-1.0 if value is None else value)
     elif setting.code in _WORDS:
-        out.put_byte(_WORDS[setting.code].index(value))
+        out.put_bits(_WORDS[setting.code].index(value), 2)
     elif setting.code == "flag":
-        out.put_byte(int(value))
+        out.put_flag(value)
     else:
-        out.put_varint(value)
+        if setting.name in _INCOMING and channels:
+            out.put_flag(value == channels, _LIKELY)
+        if setting.name not in _INCOMING or value != channels:
+            out.put_number(value)
 
 
-def _take(reader: ByteReader, setting: Setting) -> Any:
+def _take(reader: FieldReader, setting: Setting, channels: int) -> Any:
     if setting.num:
         least = 1 if setting.code == "size" else 0
-        return tuple(reader.take_varint(least, MAX_SETTING) for _ in range(setting.num))
+        is_even = setting.num == 1 or reader.take_flag(_LIKELY)
+        if is_even:
+            return (reader.take_number(least, MAX_SETTING),) * setting.num
+        return tuple(reader.take_number(least, MAX_SETTING) for _ in range(setting.num))
     if setting.code == "signed":
         return reader.take_signed(-64, 64)
     if setting.code in ("real", "momentum"):
         value = reader.take_double()
         return None if setting.code == "momentum" and value == -1.0 else value
     if setting.code in _WORDS:
-        return _WORDS[setting.code][reader.take_varint(maximum=len(_WORDS[setting.code]) - 1)]
+        word = reader.take_bits(2)
+        if word >= len(_WORDS[setting.code]):
+            raise damaged("a setting of an unknown word")
+        return _WORDS[setting.code][word]
     if setting.code == "flag":
-        return bool(reader.take_varint(maximum=1))
-    return reader.take_varint(minimum=1)
+        return reader.take_flag()
+    if setting.name in _INCOMING and channels and reader.take_flag(_LIKELY):
+        return channels
+    return reader.take_number(minimum=1)
+
+
+_INCOMING = ("in_features", "in_channels", "num_features")

@@ -3,52 +3,59 @@ r"""The ``.rbc`` file: a compact network with its architecture, quantised, entro
 ``pack`` writes it, ``unpack`` returns an ordinary module.  The same network and steps give the same bytes.  Nothing
 in a file is code: layers come from a closed table, sizes are checked before memory is asked for, and every reader of
 ``B`` bytes refuses more than 4096 ``B`` numbers, so that a small file cannot claim a large network.  Decoding takes
-at most the memory of the file and twice that of the network.
+at most the memory of the file and twice that of the network, and at most :math:`2^{20}` decisions one by one.
 
 Bytes
 -----
-*Varint*: seven bits a byte, low bits first, high bit set on all bytes but the last.  *Signed*: 0, -1, 1, -2, ... as the
-varints 0, 1, 2, 3, ...  Floats are IEEE, little endian.
-
 =============  =====================================================================================================
-0 to 2         ``RBC``
-3              format version, 1
-4 to 7         CRC-32 of all bytes from 8 on, little endian
-8 on           the root *node*, then the *stream*, to the end of the file
+0              ``R``
+1              format version, 2; plus 128 if there is a *bulk*
+2 to 4         the low three bytes of the CRC-32 of all bytes from 5 on, little endian
+5 on           the *code*; if there is a bulk, four bytes with the length of the code (little endian), the code, the
+               bulk.  Zero bytes at the end may be missing from the code, and follow it if a file would be too small
+               for its numbers.
 =============  =====================================================================================================
 
-**Node.**  One byte: 0, a ``Sequential`` with the names 0, 1, 2, ..., then a varint with the number of children and
-the children; 128, one with other names: the number, then for each child its name (varint with its length, UTF-8) and
-itself. Else a layer: its number in ``codec.layers.LAYERS``, plus 128 if settings differ from their defaults; required
-settings; if 128 was added, a byte whose bit ``i`` says that optional setting ``i`` follows, and those.  Then the
-headers of its tensors, in this order: the index of a ``SelectLinear``, ``num_batches_tracked`` as a varint, weight,
-bias, running mean and variance.
+**Code.**  Binary decisions by the arithmetic coder of ``codec.coder``: the root *node* with all headers below it, then
+the numbers of all tensors in the order of their headers.  *Flags*, *bits*, *numbers*, *signed* and *floats* are fields
+as ``codec.format`` describes them.
 
-**Tensor header.**  One byte: form 0 to 3, plus 16 (masked), 32 (by class), 64 (step is a float32), 128 (float16
-numbers).
+**Node.**  Its kind: a flag (probability 7/8), whether it is what usually follows the node before
+(``codec.layers._USUAL``), else five bits.  0, a ``Sequential`` with the names 0, 1, 2, ...: the number of children and
+the children.  31, one with other names: the number, then for each child its name (a number with its length, UTF-8) and
+itself.  Else a layer of ``codec.layers.LAYERS``: its settings as described there, then the headers of its tensors, in
+this order: the index of a ``SelectLinear``, ``num_batches_tracked`` as a number, weight, bias, running mean and
+variance.
+
+**Tensor header.**  Two bits, the form:
 
 ====  ======  ======================================================================================================
 form          then
 ====  ======  ======================================================================================================
-0     raw     all numbers as float32, in C order; nothing in the stream
-1     one     one float32: the number that all are; nothing in the stream
-2     grid    the step as signed ``t`` for :math:`2^{-t}`, or as float32; if masked, a varint ``width``; if by class, a
-              varint with the largest class, else the smallest integer (signed) and the range (varint)
-3     book    varint ``n``; ``n`` ascending numbers as float32, or float16; if masked, a varint ``width``
+0     raw     up to 2048 numbers: floats; more: nothing here, float32 in the bulk, little endian
+1     one     a flag, whether it is not zero; if so a float: the number that all are
+2     sparse  a flag, whether a grid (else a book); a *step* or a *book* of ascending magnitudes; for weights of linear
+              and convolutional layers a flag (probability 1/8), whether to leave out planes; four bits, the log odds to
+              start from; for a grid four bits, the number of low bits
+3     bulk    a flag, whether a grid; a step or a book of all numbers; for a grid a flag, whether by class: the largest
+              class as a number, or the smallest integer (signed) and the range (a number)
 ====  ======  ======================================================================================================
 
-**Index header.**  Varint: the last index.  One byte, 0: a varint ``width``, and in the stream a mask of one row;
-1: a varint with the largest class, and in the stream the gaps minus one, by class.
+A *step* is a flag, whether it is that of the last tensor of the same name; else a flag, whether it is a power of two:
+signed ``t`` for :math:`2^{-t}`, or one float.  A *book* is the number of its floats, and they.
 
-**Stream.**  The symbols of all tensors, in the order of their headers, as one sequence of the range coder of the
-library ``constriction`` (``queue.RangeEncoder``; 32-bit words, most significant byte first, zero bytes at the end
-left out), under the models of ``codec.streams``.  A tensor is a matrix, one row for each output (one row in all for
-vectors), and its numbers are integers: multiples of the step, or positions in the book counted from that of zero, if
-it has zero. *Masked*: the mask of what is not zero, then those integers; else all integers.  *Direct*: one adaptive
-alphabet from the smallest integer to the largest, zero left out if masked.  *By class*: an adaptive alphabet of bit
-lengths of ``|k|``; then for each length ``c`` from 1 up, uniform symbols of ``c`` bits: ``k`` without its top bit if
-positive, ``|k|`` if negative.  Column positions for the mask's neighbours are the index of a ``SelectLinear`` and 0,
-1, 2, ... elsewhere.
+**Index header.**  The number of the last index; a flag, whether a mask; if so a number, the width of the image.
+
+**Numbers.**  A tensor is a matrix, one row for each output (one row in all for vectors), of integers: multiples of the
+step, or positions in the book: of a sparse one from 1 up with the sign of the number, of a bulk one from 0 up.
+*Sparse*: the model of ``codec.sparse``, whose columns lie as ``codec.geometry`` finds.  An index mask is one row of
+that model without signs and sizes, its log odds those of the count; gaps less one are numbers.
+
+**Bulk.**  All large raw tensors, then the blocks of ``codec.streams`` for all tensors of form 3 as one sequence of the
+range coder of the library ``constriction`` (``queue.RangeEncoder``; 32-bit words, most significant byte first, zero
+bytes at the end left out).  *Direct*: one adaptive alphabet from the smallest integer to the largest.  *By class*: an
+adaptive alphabet of bit lengths of ``|k|``; then for each length ``c`` from 1 up, uniform symbols of ``c`` bits: ``k``
+without its top bit if positive, ``|k|`` if negative.
 
 **Exactness.**  Without a step, every number is kept (negative zero becomes zero).  With step :math:`s`, a number
 moves by at most :math:`s/2`: half of the unit round-off of :math:`t` significand bits, :math:`2^{-t}`, for :math:`s =
@@ -63,25 +70,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torch import nn
 
 from pyrobc.checkpoint import write_atomically
-from pyrobc.codec.format import damaged
-from pyrobc.codec.nodes import GRIDDED, NodeReader, NodeWriter
-from pyrobc.codec.tensors import MAX_EXPONENT
-from pyrobc.errors import OutputError, suggest
+from pyrobc.codec.coder import damaged
+from pyrobc.codec.nodes import NodeWriter
+from pyrobc.codec.reader import NodeReader
+from pyrobc.codec.steps import find_steps
+from pyrobc.errors import OutputError
 
 __all__ = ["Packing", "decode", "encode", "pack", "unpack"]
 
-MAGIC = b"RBC\x01"
+MAGIC, BULK_MAGIC = b"R\x02", b"R\x82"
+_START = 5
 NUMBERS_PER_BYTE = 4096
-MAX_STEP_EXPONENT = 100
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What a file's bytes hold: bits by part (format, layers, headers, indices, masks, values, ...)."""
+    """What a file's bytes hold: bits by part (format, layers, headers, indices, masks, values, blocks, ...)."""
 
     num_bytes: int
     parts: Mapping[str, float]
@@ -130,14 +137,16 @@ def encode(
     net: nn.Module, *, bits: int | Mapping[str, int] | None = None, steps: float | Mapping[str, float] | None = None
 ) -> tuple[bytes, Packing]:
     """The bytes that ``pack`` writes, and what they hold."""
-    grid = _find_steps(net, bits, is_step=False) | _find_steps(net, steps, is_step=True)
-    writer = NodeWriter(grid)
+    writer = NodeWriter(find_steps(net, bits, steps))
     writer.put_node(net, "", 0)
-    body = bytes(writer.header.content) + writer.stream.to_bytes()
-    shortest = math.ceil(writer.numbers / NUMBERS_PER_BYTE) - len(MAGIC) - 4
-    body += b"\0" * (shortest - len(body))
-    data = MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
-    parts = {"format": 8.0 * (len(MAGIC) + 4), **writer.ledger}
+    writer.put_numbers()
+    body, magic = writer.coder.to_bytes(), MAGIC
+    if writer.has_bulk:
+        magic = BULK_MAGIC
+        body = len(body).to_bytes(4, "little") + body + bytes(writer.bulk) + writer.stream.to_bytes()
+    body += b"\0" * (math.ceil(writer.numbers / NUMBERS_PER_BYTE) - _START - len(body))
+    data = magic + _check_sum(body) + body
+    parts = {"format": 8.0 * _START, **writer.ledger}
     parts["end of stream"] = 8.0 * len(data) - sum(parts.values())
     return data, Packing(len(data), parts)
 
@@ -148,39 +157,26 @@ def decode(data: bytes) -> nn.Module:
     Raises:
         OutputError: damaged, or of another format.
     """
-    start = len(MAGIC) + 4
-    if data[: len(MAGIC) - 1] != MAGIC[:-1] or len(data) < start:
+    if data[:4] == b"RBC\x01":
+        raise damaged("format version 1, which no release wrote")
+    if data[:1] != MAGIC[:1] or len(data) < _START:
         raise damaged("something else")
-    if data[len(MAGIC) - 1] != MAGIC[-1]:
-        raise damaged(f"format version {data[len(MAGIC) - 1]}, where this release reads version {MAGIC[-1]}")
-    body = memoryview(data)[start:]
-    if zlib.crc32(body).to_bytes(4, "little") != data[len(MAGIC) : start]:
+    if data[:2] not in (MAGIC, BULK_MAGIC):
+        raise damaged(f"format version {data[1] & 0x7F}, where this release reads version {MAGIC[1]}")
+    body = memoryview(data)[_START:]
+    if _check_sum(body) != data[2:_START]:
         raise damaged("a wrong check sum")
-    reader = NodeReader(body, NUMBERS_PER_BYTE * len(data))
+    coded, bulk = body, body[:0]
+    if data[:2] == BULK_MAGIC:
+        size = int.from_bytes(body[:4], "little")
+        if len(body) < 4 + size:
+            raise damaged("an end in the middle of a field")
+        coded, bulk = body[4 : 4 + size], body[4 + size :]
+    reader = NodeReader(bytes(coded), bulk, NUMBERS_PER_BYTE * len(data))
     net = reader.take_node(0)
     reader.fill()
     return net.eval()
 
 
-def _find_steps(net: nn.Module, grid: float | Mapping[str, float] | None, *, is_step: bool) -> dict[str, float]:
-    """Step by tensor, float32."""
-    if grid is None:
-        return {}
-    known = [name for name, tensor in net.state_dict().items() if tensor.is_floating_point()]
-    if not isinstance(grid, Mapping):
-        layers = [name for name, module in net.named_modules() if isinstance(module, GRIDDED)]
-        grid = {n: grid for n in known if n.rpartition(".")[0] in layers}
-    found = {}
-    for name, value in grid.items():
-        what = f"{'step' if is_step else 'bits'} of {name!r}"
-        if name not in known:
-            raise OutputError(what, got="no such tensor", allowed="names of the state dict", fix=suggest(name, known))
-        with np.errstate(over="ignore", under="ignore"):
-            step = float(np.float32(value if is_step else 2.0 ** -max(min(value, 999), -999)))
-        if not 2.0**-MAX_EXPONENT <= step <= 2.0**MAX_STEP_EXPONENT:
-            raise OutputError(
-                what, got=repr(value), allowed=f"steps of 2^-{MAX_EXPONENT} to 2^{MAX_STEP_EXPONENT}",
-                fix="choose widths with bits.choose_widths",
-            )  # fmt: skip
-        found[name] = step
-    return found
+def _check_sum(body: bytes | memoryview) -> bytes:
+    return zlib.crc32(body).to_bytes(4, "little")[:3]
