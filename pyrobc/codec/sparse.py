@@ -3,7 +3,7 @@ r"""A sparse matrix of integers, entry by entry: whether it is zero, its sign, i
 **Zero or not.**  A logistic model :math:`P(k_{rc} \ne 0) = \sigma(w \cdot x_{rc})` whose features are computed from
 what is already decoded, row by row.  With :math:`\ell_0` the log odds over all, let :math:`\ell(n, m) = \ln\frac{n +
 s}{m - n + s(1/p_0 - 1)} - \ell_0` say how much denser ``m`` entries with ``n`` ones are, shrunk towards all by ``s =
-2`` ones.  The features are 1 and
+3`` ones.  The features are 1 and
 
 * fixed for a row: :math:`\ell_0`; :math:`\ell` of the column's earlier rows and of the row before; whether the column
   has no one yet, and that times the share of rows that are done (a column without any would have been cut away);
@@ -46,9 +46,9 @@ MAX_COLUMNS = 2**14
 MAX_UNARY = 24
 """A unary code that is longer is followed by a number of 16 bits."""
 MAX_LOW_BITS = 12
-_SLOW, _ONES, _STRENGTH = 8, 2.0, 4.0
+_SLOW, _ONES, _STRENGTH = 8, 3.0, 8.0
 _FIELD, _BITS = 4096, 12
-_RATE, _SIGN_RATE, _SIZE_RATE = 0.002, 0.02, 0.02
+_RATE, _SIGN_RATE, _SIZE_RATE = 0.005, 0.02, 0.03
 _LEAST_SHARE = 1e-4
 _NONE: list[int] = []
 _ROW_STEPS = 16  # what a row costs besides its entries, in decisions
@@ -92,7 +92,7 @@ class SparseCoder:
         self.mask_weights = _pad(MASK_WEIGHTS[geometry.kind], _SLOW + 15)
         self.sign_weights = _pad(SIGN_WEIGHTS[geometry.kind], 9)
         self.size_weights = _pad(SIZE_WEIGHTS[geometry.kind], 4)
-        self.rate = min(_RATE, 0.5 / count)
+        self.rate = min(_RATE, 0.6 / count)
         chance = ONES[int((LEVELS[level] + LIMIT) * CELLS)] / 65536.0
         self.ones, self.all = _STRENGTH, _STRENGTH / chance
         self.column_ones, self.column_signs = np.zeros(count, dtype=np.int64), [0] * count
