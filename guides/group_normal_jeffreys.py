@@ -51,8 +51,9 @@ from typing import Literal
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution
 
+from pyrobc.dists.normal_kl import sum_kl
 from pyrobc.dists.scale_free import ScaleFree, constant_divergence, jeffreys_divergence, log_alpha, sigmoid_divergence
 from pyrobc.errors import FamilyError, suggest
 from pyrobc.family import (
@@ -210,7 +211,7 @@ class GroupNormalJeffreys(Family):
         values = _DIVERGENCES[self.divergence](torch.cat([log_alpha(law) for law in scales.values()]))
         parts = values.split([len(law.loc) for law in scales.values()])
         kls = {n: (p + constant_divergence(priors[n].base_dist)).sum() for n, p in zip(scales, parts, strict=True)}
-        return kls | {n: kl_divergence(law, priors[n]).sum() for n, law in laws.items() if n not in scales}
+        return kls | {n: sum_kl(law, priors[n]) for n, law in laws.items() if n not in scales}
 
     def mean(self, laws: Laws, spec: GroupSpec) -> Effective:
         """Mean scales and mean parameters; they are independent, so the product is the mean weight."""

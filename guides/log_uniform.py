@@ -41,10 +41,11 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution
 
 from pyrobc.dists import TruncatedLogNormal, TruncatedLogUniform
 from pyrobc.dists.gate_noise import draw_gates, gate_kl
+from pyrobc.dists.normal_kl import sum_kl
 from pyrobc.errors import FamilyError
 from pyrobc.family import (
     Baseline,
@@ -176,7 +177,7 @@ class LogUniform(Family):
         flat = gate_kl(*_flatten(list(gates.values())), self.low, self.high)
         parts = flat.split([len(gate.loc) for gate in gates.values()])
         kls = {name: part.sum() for name, part in zip(gates, parts, strict=True)}
-        return kls | {n: kl_divergence(law, priors[n]).sum() for n, law in laws.items() if n not in gates}
+        return kls | {n: sum_kl(law, priors[n]) for n, law in laws.items() if n not in gates}
 
     def mean(self, laws: Laws, spec: GroupSpec) -> Effective:
         """Mean gates, point parameters."""

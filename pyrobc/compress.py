@@ -17,7 +17,7 @@ from pyrobc.decide import decide
 from pyrobc.errors import ConfigError, check_kind, suggest
 from pyrobc.evidence import Evidence, evidence
 from pyrobc.family import Family, make_family
-from pyrobc.fit import fit
+from pyrobc.fit import anneal, fit
 from pyrobc.lift import lift
 from pyrobc.likelihoods import Likelihood, make_likelihood
 from pyrobc.negligible import DEFAULT_EPSILON
@@ -150,7 +150,7 @@ def compress(
         model,
         loader,
         epochs=epochs,
-        schedule=_anneal(epochs),
+        schedule=anneal(epochs),
         warmup_epochs=warmup_epochs,
         checkpoint=_checkpoint(output, 0),
         **settings,
@@ -184,7 +184,7 @@ def compress(
                 posterior.model,
                 loader,
                 epochs=readapt,
-                schedule=_anneal(readapt),
+                schedule=anneal(readapt),
                 guide=posterior.guide,
                 checkpoint=_checkpoint(output, cut),
                 **settings,
@@ -228,10 +228,6 @@ def _check_choices(
         if not is_fine:
             fix = suggest(str(value), known) if name == "reduction" else "leave it out for the default"
             raise ConfigError(name, got=repr(value), allowed=allowed, fix=fix)
-
-
-def _anneal(epochs: int) -> Any:
-    return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 
 
 def _checkpoint(output: str | Path | None, number: int) -> Path | None:

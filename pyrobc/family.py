@@ -23,9 +23,10 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution
 
 from pyrobc.dists import Restricted
+from pyrobc.dists.normal_kl import sum_kl
 from pyrobc.errors import FamilyError, suggest
 from pyrobc.groups import GroupSpec
 from pyrobc.meanfield import MeanFieldGuide
@@ -74,7 +75,7 @@ class Effective:
 
     Attributes:
         gates: multiplier of each group where it is read, by block; shape ``[groups]`` or ``[draws, groups]``, where
-            draws divide the examples of a minibatch into equal runs.
+            draws divide the examples of a minibatch into equal runs; no blocks at all where every multiplier is one.
         parameters: weights, biases and other trainable parameters by path (their means where ``variances`` has them).
         variances: variances of Normal weights and biases that have not been drawn: the pre-activations will be
             (local reparameterisation, Kingma, Salimans and Welling 2015).
@@ -134,7 +135,7 @@ def restrict_to(label: str, event: Callable[[Tensor], tuple[Tensor, Tensor]]) ->
 
 
 class Family(ABC):
-    """Abstract; every subclass that sets ``name`` is final and registers itself.
+    """Abstract; every subclass that sets ``name`` is final and registers itself, unless ``is_registered=False``.
 
     Class attributes:
         name: registry key.
@@ -150,9 +151,9 @@ class Family(ABC):
     default_reduction: ClassVar[str] = "rope"
     references: ClassVar[tuple[Reference, ...]] = ()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, is_registered: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if inspect.isabstract(cls) or not cls.__dict__.get("name"):
+        if not is_registered or inspect.isabstract(cls) or not cls.__dict__.get("name"):
             return
         other = _REGISTRY.get(cls.name)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -201,8 +202,8 @@ class Family(ABC):
         return {name: pyro.sample(name, law) for name, law in priors.items()}
 
     def kl(self, laws: Laws, priors: Laws) -> dict[str, Tensor]:
-        """KL(guide || prior) of every site in nats (scalars), from registered closed forms."""
-        return {name: kl_divergence(law, priors[name]).sum() for name, law in laws.items()}
+        """KL(guide || prior) of every site in nats (scalars), from closed forms."""
+        return {name: sum_kl(law, priors[name]) for name, law in laws.items()}
 
     def settings(self) -> dict[str, Any]:
         """Constructor arguments, for plans and checkpoints."""

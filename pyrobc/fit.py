@@ -29,7 +29,7 @@ from pyrobc.objective import Loss, fast_loss, split_laws, traced_loss
 from pyrobc.posterior import Posterior, evaluating, measure_input_rms
 from pyrobc.settings import PATHS, check_settings, describe_batch, describe_schedule
 
-__all__ = ["fit"]
+__all__ = ["anneal", "fit"]
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 ScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -208,6 +208,11 @@ def fit(
     return posterior
 
 
+def anneal(epochs: int) -> ScheduleFactory:
+    """A learning rate that falls to zero along a cosine."""
+    return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+
+
 def _train_epoch(
     run: _Run, loss: Loss, loader: Iterable[Any], temperature: float, clip_norm: float | None, seed: int
 ) -> dict[str, float]:
@@ -254,6 +259,10 @@ def _look(run: _Run, inputs: Any, targets: Tensor) -> dict[str, float]:
     own, _ = split_laws(model, run.guide.distributions())
     mean = model.complete(model.family.mean(own, model.spec))
     scales = model.family.scales(own, model.family.prior(model.spec, model.anchor), model.spec)
+    if not scales:  # folded: every group that is there matters
+        with evaluating(model):
+            error = model.likelihood.loss(model.run(mean, inputs), targets).mean()
+        return {"error": float(error), "groups": float(sum(block.size for block in model.spec.blocks))}
     rms = measure_input_rms(model, mean, [(inputs, targets)])
     thresholds = negligible_thresholds(model.spec, mean, rms, DEFAULT_EPSILON)
     stay = math.nan

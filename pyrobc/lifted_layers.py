@@ -97,7 +97,7 @@ class LiftedLayer(nn.Module):
         bias = self.frozen_bias if law.bias is None else law.bias
         if self.select is not None:
             h = h.index_select(-1, self.select)
-        if self.blocks:
+        if self.blocks and law.gates:
             h = h * self._shape_gate(self.input_gate(law.gates), h)
         mean = self._affine(h, weight, bias)
         if law.weight_variance is None:

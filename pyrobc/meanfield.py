@@ -19,16 +19,19 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyrobc.dists.pruned_normal import PrunedNormal
 from pyrobc.groups import GroupSpec, Ints, Kept
 
 __all__ = ["Factor", "LogNormalFactor", "MeanFieldGuide", "NormalFactor", "PointFactor", "slice_site"]
 
 
 class Factor(nn.Module):
-    """The variational law of one site; every parameter of a factor has the shape of the site."""
+    """The variational law of one site; every parameter of a factor has the shape of the site, but the ``unsliced``."""
 
     lr_scale: float = 1.0
     """Multiplier of the learning rate for this factor's parameters."""
+    unsliced: tuple[str, ...] = ()
+    """Parameters that do not have the shape of the site, and stay whole when groups are cut away."""
 
     @abstractmethod
     def distribution(self) -> Distribution:
@@ -36,6 +39,10 @@ class Factor(nn.Module):
 
     def project_(self) -> None:
         """Put parameters back into their legal range, in place, after an optimiser step."""
+
+    def parameters_by_rate(self) -> dict[float, list[nn.Parameter]]:
+        """All parameters, by the multiplier of their learning rate."""
+        return {self.lr_scale: list(self.parameters())}
 
 
 class PointFactor(Factor):
@@ -51,23 +58,50 @@ class PointFactor(Factor):
 
 
 class NormalFactor(Factor):
-    """Independent Normals; ``scale = exp(log_scale)``, kept at or below ``max_scale``."""
+    """Independent Normals; ``scale = exp(log_scale)``, kept at or below ``max_scale``.
+
+    Entries that are not ``kept`` have been deleted: they are points at zero, and stay so.
+    """
+
+    kept: Tensor
 
     def __init__(self, loc: Tensor, log_scale: float, max_scale: float | None = None) -> None:
         super().__init__()
         self.loc = nn.Parameter(loc.detach().clone())
         self.log_scale = nn.Parameter(torch.full_like(loc, log_scale))
         self.max_scale = max_scale
+        self.register_buffer("kept", torch.ones_like(loc, dtype=torch.bool))
+        self.is_whole = True
+        self.register_load_state_dict_post_hook(_note_pruned)
+
+    def mean(self) -> Tensor:
+        """Where the means are, pruned entries aside."""
+        return self.loc
 
     def distribution(self) -> Distribution:
-        """Normal(loc, exp(log_scale))."""
-        law: Distribution = dist.Normal(self.loc, self.log_scale.exp(), validate_args=False).to_event(self.loc.dim())
+        """Normal(loc, exp(log_scale)), at zero where pruned."""
+        loc, scale = self.mean(), self.log_scale.exp()
+        if self.is_whole:
+            whole: Distribution = dist.Normal(loc, scale, validate_args=False).to_event(loc.dim())
+            return whole
+        law: Distribution = PrunedNormal(loc, scale, self.kept, validate_args=False).to_event(loc.dim())
         return law
+
+    def keep_(self, kept: Tensor) -> None:
+        """Delete the entries that are not in ``kept``, boolean, for good."""
+        self.kept &= kept
+        self.loc.data.mul_(self.kept)
+        _note_pruned(self)
 
     def project_(self) -> None:
         """Clip the scale (Louizos, Ullrich and Welling 2017 clip the first layers')."""
         if self.max_scale is not None:
             self.log_scale.data.clamp_(max=float(np.log(self.max_scale)))
+
+
+def _note_pruned(factor: nn.Module, _: Any = None) -> None:
+    """Ask once, not in every step, whether anything is pruned."""
+    cast(NormalFactor, factor).is_whole = bool(cast(Tensor, factor.kept).all())
 
 
 class LogNormalFactor(Factor):
@@ -113,7 +147,8 @@ class MeanFieldGuide(PyroModule):
         """Parameters for ``torch.optim``, grouped by the factor ``lr_scale`` on the learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
         for factor in self.by_site().values():
-            groups.setdefault(factor.lr_scale, []).extend(factor.parameters())
+            for scale, parameters in factor.parameters_by_rate().items():
+                groups.setdefault(scale, []).extend(parameters)
         return [{"params": params, "lr_scale": scale} for scale, params in groups.items()]
 
     def restricted(self, spec: GroupSpec, kept: Kept) -> MeanFieldGuide:
@@ -122,8 +157,12 @@ class MeanFieldGuide(PyroModule):
         indices = spec.kept_indices(kept)
         for site, factor in small.by_site().items():
             for name, parameter in list(factor.named_parameters(recurse=False)):
+                if name in factor.unsliced:
+                    continue
                 value = slice_site(site, parameter.detach(), spec, kept, indices)
                 setattr(factor, name, nn.Parameter(value.clone()))
+            for name, buffer in list(factor.named_buffers(recurse=False)):
+                factor.register_buffer(name, slice_site(site, buffer, spec, kept, indices).clone())
         return small
 
 

@@ -104,6 +104,12 @@ class Posterior:
             left = {site: slice_site(site, value, spec, kept, indices) for site, value in values.items()}
             yield small.log_likelihood(inputs, targets, left, everything)
 
+    def copy(self) -> Posterior:
+        """One whose guide can be changed without changing this one's."""
+        twin = Posterior(self.model, copy.deepcopy(self.guide), self.num_data, self.seed, list(self.history))
+        twin.input_rms = self.input_rms
+        return twin
+
     def restricted(self, kept: Kept) -> Posterior:
         """The posterior of the smaller network, with removed groups' factors sliced away, ready to be re-adapted."""
         guide = self.guide.restricted(self.model.spec, kept)

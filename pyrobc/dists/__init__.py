@@ -5,6 +5,7 @@ from pyrobc.dists.interval import interval_log_mass
 from pyrobc.dists.log_normal_kl import kl_log_normal_gamma, kl_log_normal_inverse_gamma
 from pyrobc.dists.matrix_normal import MatrixNormal
 from pyrobc.dists.precision import in_double
+from pyrobc.dists.pruned_normal import PrunedNormal
 from pyrobc.dists.restricted import Restricted
 from pyrobc.dists.scale_free import ScaleFree
 from pyrobc.dists.soft_capped import SoftCapped
@@ -14,6 +15,7 @@ from pyrobc.dists.truncated_log_uniform import TruncatedLogUniform
 __all__ = [
     "HalfCauchyProduct",
     "MatrixNormal",
+    "PrunedNormal",
     "Restricted",
     "ScaleFree",
     "SoftCapped",

@@ -18,7 +18,10 @@ LAYERS = {
         "guides",
         "batches",
         "checkpoint",
+        "dead_units",
         "fit",
+        "folding",
+        "gridding",
         "lift",
         "lifted_layers",
         "likelihoods",
@@ -27,7 +30,7 @@ LAYERS = {
         "posterior",
         "settings",
     },
-    2: {"scores", "evidence", "decide", "gap", "plan"},
+    2: {"scores", "evidence", "decide", "gap", "plan", "weights"},
     3: {
         "surgery",
         "bits",
@@ -48,6 +51,7 @@ LAYERS = {
         "families",
         "figures",
         "report",
+        "sparsify",
         "cli",
     },
     5: {"__init__", "__main__"},  # the façade: hands out names of every layer

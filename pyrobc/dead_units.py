@@ -1,0 +1,137 @@
+r"""Cut the groups that weight-level pruning has left without a reader or without an input.
+
+A group whose columns are all deleted is read by nobody: removing it changes nothing.  A group whose rows are all
+deleted emits a constant :math:`c`, that of its bias, whatever the input: each reader's bias takes over :math:`W_{:,g}\,c`
+(for a convolution, summed over the kernel), and removing it changes nothing either, unless the reader pads its input,
+as the border would then see zeros in place of :math:`c`: such a group stays.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyrobc.batches import as_loader, move
+from pyrobc.groups import Block, Ints, Member
+from pyrobc.lift import LiftedModel
+from pyrobc.lifted_layers import LiftedLayer
+from pyrobc.meanfield import NormalFactor
+from pyrobc.posterior import Posterior, evaluating
+
+__all__ = ["remove_dead_units"]
+
+
+@torch.no_grad()
+def remove_dead_units(posterior: Posterior, data: Any) -> Posterior:
+    """The posterior of the network without dead groups; the same one if there are none.
+
+    Args:
+        posterior: folded, some of its weights deleted.
+        data: rows for the constants; one batch is read.
+    """
+    current = posterior
+    while True:
+        kept = _find_alive(current, data)
+        spec = current.model.spec
+        if all(len(kept[block.name]) == block.size for block in spec.blocks) or spec.emptied(kept):
+            return current
+        current = current.restricted(kept)
+
+
+def _find_alive(posterior: Posterior, data: Any) -> dict[str, Ints]:
+    """Groups that stay, by block; the biases of their readers take over what constant groups emit."""
+    spec, sites = posterior.model.spec, posterior.guide.by_site()
+    masks = {n: f.kept for n in spec.parameters if isinstance(f := sites[n], NormalFactor)}
+    constants: dict[str, Tensor] | None = None
+    kept: dict[str, Ints] = {}
+    for block in spec.blocks:
+        is_read = np.zeros(block.size, dtype=np.bool_)
+        for member in block.consumers:
+            is_read |= _any_kept(masks.get(member.parameter), member, block)
+        feeds = [m for m in block.members if m.role == "produce" and _is_weight(posterior, m)]
+        is_fed = np.zeros(block.size, dtype=np.bool_) | (not feeds)
+        for member in feeds:
+            is_fed |= _any_kept(masks.get(member.parameter), member, block)
+        silent = np.flatnonzero(is_read & ~is_fed)
+        if len(silent):
+            constants = _measure_constants(posterior, data) if constants is None else constants
+            for group in silent:
+                is_fed[group] = not _fold_constant(posterior, block, int(group), constants)
+        kept[block.name] = np.flatnonzero(is_read & is_fed)
+    return kept
+
+
+def _is_weight(posterior: Posterior, member: Member) -> bool:
+    info = posterior.model.spec.parameters.get(member.parameter)
+    return info is not None and info.kind == "weight"
+
+
+def _any_kept(mask: Tensor | None, member: Member, block: Block) -> Any:
+    """For each group of ``block``, whether any of its entries of this member is left."""
+    if mask is None:
+        return np.ones(block.size, dtype=np.bool_)
+    lines = mask.transpose(0, member.axis).flatten(1).any(1).cpu().numpy()
+    return np.array([lines[member.owned_by(np.array([g]))].any() for g in range(block.size)])
+
+
+def _fold_constant(posterior: Posterior, block: Block, group: int, constants: dict[str, Tensor]) -> bool:
+    """Let every reader's bias take over what ``group`` emits; False if one of them cannot, and then none does."""
+    sites, layers = posterior.guide.by_site(), _lifted(posterior.model)
+    changes = []
+    for member in block.consumers:
+        index = torch.as_tensor(member.owned_by(np.array([group])))
+        weight, bias = sites.get(member.parameter), sites.get(f"{member.module}.bias".lstrip("."))
+        emitted = constants[member.parameter][index]
+        pads = _pads(layers[member.parameter]) and bool((emitted != 0).any())
+        if pads or bool(emitted.isnan().any()) or not isinstance(weight, NormalFactor):
+            return False
+        columns = weight.mean().index_select(1, index.to(weight.loc.device))
+        shift = (columns.flatten(2).sum(2) if columns.dim() > 2 else columns) @ emitted.to(columns)
+        if bool((shift != 0).any()):
+            if not isinstance(bias, NormalFactor):
+                return False
+            changes.append((bias, shift))
+    for bias, shift in changes:
+        bias.loc.data.add_(shift)
+        bias.kept |= shift != 0  # a deleted bias comes back with what it has to carry
+        bias.keep_(bias.kept)
+    return True
+
+
+def _lifted(model: LiftedModel) -> dict[str, LiftedLayer]:
+    named = model.net.named_modules()
+    return {(f"{p}.weight" if p else "weight"): m for p, m in named if isinstance(m, LiftedLayer)}
+
+
+def _pads(layer: LiftedLayer) -> bool:
+    return layer.convolution is not None and any(np.ravel(layer.convolution.padding) != 0)
+
+
+def _measure_constants(posterior: Posterior, data: Any) -> dict[str, Tensor]:
+    """What each input channel of each layer always is in the mean network, by weight; NaN where it varies."""
+    model, constants = posterior.model, {}
+    handles = []
+
+    def watch(name: str, layer: LiftedLayer) -> None:
+        def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            h = args[0] if layer.select is None else args[0].index_select(-1, layer.select)
+            lines = h.transpose(0, 1 if layer.convolution is not None else -1).flatten(1)
+            low, high = lines.amin(1), lines.amax(1)
+            is_constant = high - low <= 1e-6 * high.abs().clamp_min(1.0)
+            constants[name] = torch.where(is_constant, (low + high) / 2, torch.nan)
+
+        handles.append(layer.register_forward_pre_hook(record))
+
+    for name, layer in _lifted(model).items():
+        watch(name, layer)
+    try:
+        inputs = next(iter(as_loader(data, shuffle=False)))[0]
+        with evaluating(model):
+            model.run(posterior.mean(), move(inputs, model.anchor))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return constants

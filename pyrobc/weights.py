@@ -1,0 +1,98 @@
+r"""Pruning inside what groups keep: Bayesian model reduction of single weights.
+
+Under a folded posterior (``pyrobc.folding``) a weight has :math:`q = N(m, s^2)` and prior :math:`N(0, S^2)`.  Deleting
+it is the change of prior to a point at zero (Savage--Dickey; Dickey 1971; Friston and Penny 2011),
+
+.. math:: \Delta F = \ln q(0) - \ln p(0) = \tfrac12\ln\frac{S^2}{s^2} - \frac{m^2}{2s^2}\quad\text{nats},
+
+and the posterior log odds of "zero" are :math:`L = \Delta F + \ln\frac{\pi}{1-\pi}`.  :math:`\pi` is the prior
+probability that a weight is zero, learned for each tensor (Beta--Bernoulli, ``bmr.learn_inclusion``).  A row's or a
+kernel's :math:`\Delta F` is the sum over its weights, as the guide factorises.  Where the fit was tempered,
+:math:`-T\,\mathrm{ELBO}` was minimised with ``T`` on the KL, so :math:`T\,m^2/2s^2` is the second-order rise of the
+negative log likelihood.
+
+One round promises too much, because other weights have not re-adapted (Beckers et al. 2024): ``pyrobc.sparsify``
+removes some, fits again, and goes on.
+"""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyrobc.bmr import learn_inclusion, reduce
+from pyrobc.errors import BudgetError, FamilyError
+from pyrobc.folding import FoldedFamily
+from pyrobc.meanfield import NormalFactor
+from pyrobc.posterior import Posterior
+
+__all__ = ["count_weights", "prune_weights", "score_weights"]
+
+
+@torch.no_grad()
+def score_weights(posterior: Posterior) -> dict[str, Tensor]:
+    """Log Bayes factor of deleting each weight and bias, nats, float64, by parameter; NaN where already deleted."""
+    family, spec = posterior.model.family, posterior.model.spec
+    if not isinstance(family, FoldedFamily):
+        raise FamilyError(
+            f"weights of family {family.name!r}", got="a posterior with group scales",
+            allowed="a folded posterior: a weight's own law, without its group's scale", fix="call fold_scales first",
+        )  # fmt: skip
+    scores = {}
+    for name, factor in _normal_factors(posterior).items():
+        if spec.parameters[name].kind not in ("weight", "bias"):
+            continue  # deleting a normalisation's scale deletes its channel, which is a group's matter
+        q = dist.Normal(factor.mean().double(), factor.log_scale.double().exp())
+        p = dist.Normal(torch.zeros_like(q.loc), torch.full_like(q.loc, family.prior_scales[name]))
+        delta_f = reduce(q, p, dist.Delta(torch.zeros_like(q.loc))).delta_f
+        scores[name] = torch.where(factor.kept, delta_f, torch.nan)
+    return scores
+
+
+@torch.no_grad()
+def prune_weights(posterior: Posterior, keep: int | None = None) -> int:
+    """Delete weights of ``posterior``, in place; returns how many.
+
+    Args:
+        posterior: folded.
+        keep: weights and biases to leave, those with the most evidence against deletion; None deletes what has
+            posterior odds above one.  NaN and infinite scores are never deleted.
+    """
+    scores, factors = score_weights(posterior), _normal_factors(posterior)
+    if keep is None:
+        odds = {n: s + _learned_odds(s[factors[n].kept]) for n, s in scores.items()}
+        gone = {n: (value > 0) & value.isfinite() for n, value in odds.items()}
+    else:
+        if keep < 1:
+            raise BudgetError("weights to keep", got=str(keep), allowed="at least 1", fix="raise the number")
+        values = torch.cat([s[factors[n].kept].nan_to_num(-torch.inf, -torch.inf) for n, s in scores.items()])
+        excess = len(values) - keep
+        if excess <= 0:
+            return 0
+        cut = values.topk(excess).values[-1]
+        gone = {n: (s >= cut) & s.isfinite() for n, s in scores.items()}
+    removed = 0
+    for name, where in gone.items():
+        where = where & factors[name].kept
+        removed += int(where.sum())
+        factors[name].keep_(~where)
+    return removed
+
+
+def count_weights(posterior: Posterior) -> tuple[int, int]:
+    """Weights and biases that are not deleted, and all there are."""
+    factors = _normal_factors(posterior).values()
+    return sum(int(f.kept.sum()) for f in factors), sum(f.kept.numel() for f in factors)
+
+
+def _normal_factors(posterior: Posterior) -> dict[str, NormalFactor]:
+    sites = posterior.guide.by_site()
+    return {n: f for n in posterior.model.spec.parameters if isinstance(f := sites[n], NormalFactor)}
+
+
+def _learned_odds(scores: Tensor) -> float:
+    """Learned prior log odds of zero against kept, nats; zero where nothing is defined."""
+    if not bool((~scores.isnan() & (scores < torch.inf)).any()):
+        return 0.0
+    return -float(learn_inclusion(scores, max_steps=100_000).log_odds)
