@@ -159,6 +159,7 @@ def fit(
         "clip_norm": clip_norm,
         "path": path,
         "rows": [num_data, getattr(loader, "batch_size", None)],
+        "deleted weights": guide.count_deleted() or None,
     }
     target = Path(checkpoint) if checkpoint else None
     if target is not None:

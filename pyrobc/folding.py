@@ -17,6 +17,7 @@ scales.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -119,13 +120,13 @@ def fold_scales(posterior: Posterior) -> Posterior:
     factors: dict[str, Factor] = {}
     for site, factor in posterior.guide.by_site().items():
         if site in model.likelihood.priors(model.anchor):
-            factors[site] = factor
+            factors[site] = copy.deepcopy(factor)
         elif site in spec.parameters:
             assert isinstance(factor, NormalFactor)
             layer = _find_reader(model, site)
             gates = (None, None) if layer is None else (layer.input_gate(first), layer.input_gate(second))
             factors[site] = _fold(factor, *gates)
-    plain = model.to_module(Effective({b.name: model.anchor.new_ones(b.size) for b in spec.blocks}, {}))
+    plain = posterior.to_module()  # frozen weights have no site: what they read is scaled here
     scales = {n: _fit_scale(f, spec.parameters[n].kind) for n, f in factors.items() if n in spec.parameters}
     folded = LiftedModel(
         plain.train(model.net.training), spec, FoldedFamily(family, scales), model.likelihood, model.example_inputs

@@ -106,5 +106,6 @@ def _typical_width(factor: NormalFactor) -> float:
 
 
 def _to_half(value: Tensor) -> Tensor:
-    """The nearest float16, which costs two bytes in a file; its gradient is that of the number itself."""
-    return value + (value.detach().half().to(value) - value.detach())
+    """The nearest positive float16, which costs two bytes in a file; its gradient is that of the number itself."""
+    fixed = value.detach().clamp(2.0**-24, torch.finfo(torch.float16).max)
+    return value + (fixed.half().to(value) - value.detach())

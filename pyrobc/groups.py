@@ -66,6 +66,8 @@ class Block:
     name: str
     size: int
     members: tuple[Member, ...]
+    origin: Ints | None = None
+    """Number of each group in the network that was traced; None where none has been cut."""
 
     @property
     def is_input(self) -> bool:
@@ -192,7 +194,8 @@ class GroupSpec:
                 ptr = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
                 left = indices[member.parameter, member.axis]
                 members.append(replace(member, ptr=ptr, indices=np.searchsorted(left, member.owned_by(groups))))
-            blocks.append(Block(block.name, len(groups), tuple(members)))
+            origin = groups if block.origin is None else block.origin[groups]
+            blocks.append(Block(block.name, len(groups), tuple(members), origin))
         parameters = {name: replace(info, shape=tensors[name]) for name, info in self.parameters.items()}
         layers = []
         for layer in self.layers:

@@ -94,7 +94,9 @@ class NormalFactor(Factor):
         _note_pruned(self)
 
     def project_(self) -> None:
-        """Clip the scale (Louizos, Ullrich and Welling 2017 clip the first layers')."""
+        """Clip the scale (Louizos, Ullrich and Welling 2017 clip the first layers'); what is deleted stays at zero."""
+        if not self.is_whole:  # an optimiser's momentum outlives a deletion in the middle of a fit
+            self.loc.data.mul_(self.kept)
         if self.max_scale is not None:
             self.log_scale.data.clamp_(max=float(np.log(self.max_scale)))
 
@@ -150,6 +152,10 @@ class MeanFieldGuide(PyroModule):
             for scale, parameters in factor.parameters_by_rate().items():
                 groups.setdefault(scale, []).extend(parameters)
         return [{"params": params, "lr_scale": scale} for scale, params in groups.items()]
+
+    def count_deleted(self) -> int:
+        """Entries that have been deleted for good."""
+        return sum(int((~f.kept).sum()) for f in self.by_site().values() if isinstance(f, NormalFactor))
 
     def restricted(self, spec: GroupSpec, kept: Kept) -> MeanFieldGuide:
         """The guide of the network after a cut: removed groups' factors are sliced away, the rest carries over."""

@@ -105,8 +105,9 @@ class Posterior:
             yield small.log_likelihood(inputs, targets, left, everything)
 
     def copy(self) -> Posterior:
-        """One whose guide can be changed without changing this one's."""
-        twin = Posterior(self.model, copy.deepcopy(self.guide), self.num_data, self.seed, list(self.history))
+        """One that can be fitted further without changing this one: its prior and batch-norm statistics are its own."""
+        model, guide = copy.deepcopy(self.model), copy.deepcopy(self.guide)
+        twin = Posterior(model, guide, self.num_data, self.seed, list(self.history))
         twin.input_rms = self.input_rms
         return twin
 
