@@ -1,9 +1,9 @@
 r"""Cut the groups that weight-level pruning has left without a reader or without an input.
 
 A group whose columns are all deleted is read by nobody: removing it changes nothing.  A group whose rows are all
-deleted emits a constant :math:`c`, that of its bias, whatever the input: each reader's bias takes over :math:`W_{:,g}\,c`
-(for a convolution, summed over the kernel), and removing it changes nothing either, unless the reader pads its input,
-as the border would then see zeros in place of :math:`c`: such a group stays.
+deleted emits a constant :math:`c`, that of its bias, whatever the input: each reader's bias takes over
+:math:`W_{:,g}\,c` (for a convolution, summed over the kernel), and removing it changes nothing either.  It stays where
+a reader pads its input, as the border would then see zeros in place of :math:`c`, or has no bias of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyrobc.batches import as_loader, move
+from pyrobc.batches import as_loader, move, repeatable
 from pyrobc.groups import Block, Ints, Member
 from pyrobc.lift import LiftedModel
 from pyrobc.lifted_layers import LiftedLayer
@@ -23,10 +23,13 @@ from pyrobc.posterior import Posterior, evaluating
 
 __all__ = ["remove_dead_units"]
 
+Shifts = list[tuple[str, Tensor]]
+"""Biases by site, and what is added to each."""
+
 
 @torch.no_grad()
 def remove_dead_units(posterior: Posterior, data: Any) -> Posterior:
-    """The posterior of the network without dead groups; the same one if there are none.
+    """The posterior of the network without dead groups; the same one if there are none.  Each layer keeps a channel.
 
     Args:
         posterior: folded, some of its weights deleted.
@@ -34,39 +37,43 @@ def remove_dead_units(posterior: Posterior, data: Any) -> Posterior:
     """
     current = posterior
     while True:
-        kept = _find_alive(current, data)
-        spec = current.model.spec
-        if all(len(kept[block.name]) == block.size for block in spec.blocks) or spec.emptied(kept):
+        kept, shifts = _find_alive(current, data)
+        if all(len(kept[block.name]) == block.size for block in current.model.spec.blocks):
             return current
+        if shifts:
+            current = current.copy()
+            _shift_biases(current, shifts)
         current = current.restricted(kept)
 
 
-def _find_alive(posterior: Posterior, data: Any) -> dict[str, Ints]:
-    """Groups that stay, by block; the biases of their readers take over what constant groups emit."""
+def _find_alive(posterior: Posterior, data: Any) -> tuple[dict[str, Ints], Shifts]:
+    """Groups that stay, by block, and what the biases of their readers take over from the others."""
     spec, sites = posterior.model.spec, posterior.guide.by_site()
     masks = {n: f.kept for n in spec.parameters if isinstance(f := sites[n], NormalFactor)}
     constants: dict[str, Tensor] | None = None
     kept: dict[str, Ints] = {}
+    shifts: dict[tuple[str, int], Shifts] = {}
     for block in spec.blocks:
         is_read = np.zeros(block.size, dtype=np.bool_)
         for member in block.consumers:
             is_read |= _any_kept(masks.get(member.parameter), member, block)
-        feeds = [m for m in block.members if m.role == "produce" and _is_weight(posterior, m)]
+        feeds = [m for m in block.members if m.role == "produce" and len(spec.tensors[m.parameter]) > 1]
         is_fed = np.zeros(block.size, dtype=np.bool_) | (not feeds)
         for member in feeds:
             is_fed |= _any_kept(masks.get(member.parameter), member, block)
         silent = np.flatnonzero(is_read & ~is_fed)
         if len(silent):
             constants = _measure_constants(posterior, data) if constants is None else constants
-            for group in silent:
-                is_fed[group] = not _fold_constant(posterior, block, int(group), constants)
+            for group in silent.tolist():
+                found = _find_shifts(posterior, block, group, constants)
+                is_fed[group] = found is None
+                shifts[block.name, group] = found or []
         kept[block.name] = np.flatnonzero(is_read & is_fed)
-    return kept
-
-
-def _is_weight(posterior: Posterior, member: Member) -> bool:
-    info = posterior.model.spec.parameters.get(member.parameter)
-    return info is not None and info.kind == "weight"
+    while emptied := spec.emptied(kept):  # a layer keeps a channel, if only a dead one
+        name, group = next(iter(emptied.values()))[0]
+        kept[name] = np.union1d(kept[name], [group])
+        shifts.pop((name, group), None)
+    return kept, [change for changes in shifts.values() for change in changes]
 
 
 def _any_kept(mask: Tensor | None, member: Member, block: Block) -> Any:
@@ -77,28 +84,35 @@ def _any_kept(mask: Tensor | None, member: Member, block: Block) -> Any:
     return np.array([lines[member.owned_by(np.array([g]))].any() for g in range(block.size)])
 
 
-def _fold_constant(posterior: Posterior, block: Block, group: int, constants: dict[str, Tensor]) -> bool:
-    """Let every reader's bias take over what ``group`` emits; False if one of them cannot, and then none does."""
+def _find_shifts(posterior: Posterior, block: Block, group: int, constants: dict[str, Tensor]) -> Shifts | None:
+    """What each reader's bias has to take over when ``group`` leaves; None if one of them cannot."""
     sites, layers = posterior.guide.by_site(), _lifted(posterior.model)
-    changes = []
+    found: Shifts = []
     for member in block.consumers:
         index = torch.as_tensor(member.owned_by(np.array([group])))
-        weight, bias = sites.get(member.parameter), sites.get(f"{member.module}.bias".lstrip("."))
+        weight, bias = sites.get(member.parameter), f"{member.module}.bias".lstrip(".")
         emitted = constants[member.parameter][index]
         pads = _pads(layers[member.parameter]) and bool((emitted != 0).any())
         if pads or bool(emitted.isnan().any()) or not isinstance(weight, NormalFactor):
-            return False
+            return None
         columns = weight.mean().index_select(1, index.to(weight.loc.device))
         shift = (columns.flatten(2).sum(2) if columns.dim() > 2 else columns) @ emitted.to(columns)
         if bool((shift != 0).any()):
-            if not isinstance(bias, NormalFactor):
-                return False
-            changes.append((bias, shift))
-    for bias, shift in changes:
+            if type(sites.get(bias)) is not NormalFactor:  # none, or one that can only hold multiples of a step
+                return None
+            found.append((bias, shift))
+    return found
+
+
+def _shift_biases(posterior: Posterior, shifts: Shifts) -> None:
+    """A deleted bias comes back with what it has to carry."""
+    sites = posterior.guide.by_site()
+    for name, shift in shifts:
+        bias = sites[name]
+        assert isinstance(bias, NormalFactor)
         bias.loc.data.add_(shift)
-        bias.kept |= shift != 0  # a deleted bias comes back with what it has to carry
+        bias.kept |= shift != 0
         bias.keep_(bias.kept)
-    return True
 
 
 def _lifted(model: LiftedModel) -> dict[str, LiftedLayer]:
@@ -107,13 +121,15 @@ def _lifted(model: LiftedModel) -> dict[str, LiftedLayer]:
 
 
 def _pads(layer: LiftedLayer) -> bool:
-    return layer.convolution is not None and any(np.ravel(layer.convolution.padding) != 0)
+    padding = () if layer.convolution is None else layer.convolution.padding
+    return padding == "same" or (not isinstance(padding, str) and any(padding))
 
 
 def _measure_constants(posterior: Posterior, data: Any) -> dict[str, Tensor]:
     """What each input channel of each layer always is in the mean network, by weight; NaN where it varies."""
-    model, constants = posterior.model, {}
-    handles = []
+    model = posterior.model
+    constants: dict[str, Tensor] = {}
+    handles: list[Any] = []
 
     def watch(name: str, layer: LiftedLayer) -> None:
         def record(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -121,15 +137,19 @@ def _measure_constants(posterior: Posterior, data: Any) -> dict[str, Tensor]:
             lines = h.transpose(0, 1 if layer.convolution is not None else -1).flatten(1)
             low, high = lines.amin(1), lines.amax(1)
             is_constant = high - low <= 1e-6 * high.abs().clamp_min(1.0)
-            constants[name] = torch.where(is_constant, (low + high) / 2, torch.nan)
+            value = torch.where(is_constant, (low + high) / 2, torch.nan)
+            if name in constants:  # a layer that is called again, on what may be other values
+                value = torch.where(value == constants[name], value, torch.nan)
+            constants[name] = value
 
         handles.append(layer.register_forward_pre_hook(record))
 
     for name, layer in _lifted(model).items():
         watch(name, layer)
     try:
-        inputs = next(iter(as_loader(data, shuffle=False)))[0]
-        with evaluating(model):
+        loader = as_loader(data, shuffle=False)
+        with evaluating(model), repeatable(loader, posterior.seed):
+            inputs = next(iter(loader))[0]
             model.run(posterior.mean(), move(inputs, model.anchor))
     finally:
         for handle in handles:

@@ -56,22 +56,16 @@ def prune_weights(posterior: Posterior, keep: int | None = None) -> int:
 
     Args:
         posterior: folded.
-        keep: weights and biases to leave, those with the most evidence against deletion; None deletes what has
-            posterior odds above one.  NaN and infinite scores are never deleted.
+        keep: weights and biases to leave, those with the most evidence against deletion (of equal ones the last);
+            None deletes what has posterior odds above one.  NaN and infinite scores are never deleted, even if more
+            are left then.
     """
     scores, factors = score_weights(posterior), _normal_factors(posterior)
     if keep is None:
         odds = {n: s + _learned_odds(s[factors[n].kept]) for n, s in scores.items()}
         gone = {n: (value > 0) & value.isfinite() for n, value in odds.items()}
     else:
-        if keep < 1:
-            raise BudgetError("weights to keep", got=str(keep), allowed="at least 1", fix="raise the number")
-        values = torch.cat([s[factors[n].kept].nan_to_num(-torch.inf, -torch.inf) for n, s in scores.items()])
-        excess = len(values) - keep
-        if excess <= 0:
-            return 0
-        cut = values.topk(excess).values[-1]
-        gone = {n: (s >= cut) & s.isfinite() for n, s in scores.items()}
+        gone = _find_least(scores, _count_excess(factors, scores, keep))
     removed = 0
     for name, where in gone.items():
         where = where & factors[name].kept
@@ -84,6 +78,26 @@ def count_weights(posterior: Posterior) -> tuple[int, int]:
     """Weights and biases that are not deleted, and all there are."""
     factors = _normal_factors(posterior).values()
     return sum(int(f.kept.sum()) for f in factors), sum(f.kept.numel() for f in factors)
+
+
+def _count_excess(factors: dict[str, NormalFactor], scores: dict[str, Tensor], keep: int) -> int:
+    if not isinstance(keep, int) or keep < 1:
+        raise BudgetError("weights to keep", got=repr(keep), allowed="a whole number from 1", fix="raise the number")
+    return max(0, sum(int(factors[name].kept.sum()) for name in scores) - keep)
+
+
+def _find_least(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Where the ``count`` largest finite scores are, or all if there are fewer; of equal ones the first."""
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    is_finite = flat.isfinite()
+    count = min(count, int(is_finite.sum()))
+    gone = torch.zeros_like(is_finite)
+    if count:
+        cut = flat[is_finite].topk(count).values[-1]
+        gone = is_finite & (flat > cut)
+        gone[(flat == cut).nonzero()[: count - int(gone.sum())]] = True
+    sizes = [score.numel() for score in scores.values()]
+    return {n: p.view_as(s) for (n, s), p in zip(scores.items(), gone.split(sizes), strict=True)}
 
 
 def _normal_factors(posterior: Posterior) -> dict[str, NormalFactor]:

@@ -26,7 +26,8 @@ def sum_kl(law: Distribution, prior: Distribution) -> Tensor:
     """KL(law || prior) as one number, nats, whatever the batch and event shapes."""
     q: Any = law.base_dist if isinstance(law, Independent) else law
     p: Any = prior.base_dist if isinstance(prior, Independent) else prior
-    if isinstance(q, Normal | PrunedNormal) and isinstance(p, Normal) and _is_one(p.loc) and _is_one(p.scale):
+    is_normal = isinstance(q, Normal | PrunedNormal) and isinstance(p, Normal) and q.batch_shape == p.batch_shape
+    if is_normal and _is_one(p.loc) and _is_one(p.scale):
         kept = q.kept if isinstance(q, PrunedNormal) else None
         center, scale = (part.detach().flatten()[0] for part in (p.loc, p.scale))
         value: Tensor = _SumKl.apply(q.loc, q.scale, kept, center, scale)
