@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyrobc import codec
-from pyrobc.bits import MAX_SIGNIFICAND, PublishedRates, layer_bits, published_rates, round_to_grid, stored_step
+from pyrobc.bits import MAX_SIGNIFICAND, PublishedRates, layer_bits, published_rates, round_to_grid
 from pyrobc.errors import FamilyError, OutputError, PlanError
-from pyrobc.export import load
+from pyrobc.export import load, planned_steps
 
 if TYPE_CHECKING:
     from pyrobc.plan import Plan
@@ -171,28 +171,29 @@ def _fit_to_plan(posterior: Posterior, plan: Plan, left: Mapping[str, tuple[int,
 
 
 def _find_variances(posterior: Posterior) -> dict[str, NDArray[np.float64]]:
-    """Posterior variance of every weight as it is deployed, its group's multiplier included, and of every bias."""
+    """Posterior variance of what is not deleted: weights as deployed, their group's multiplier included, and biases."""
     spec = posterior.model.spec
     try:
         gates = {name: _moments(scale.posterior) for name, scale in posterior.scales().items()}
     except NotImplementedError as error:
         raise FamilyError(
             f"bits from the posterior of {posterior.model.family!r}", got="multipliers without a variance",
-            allowed="laws whose mean and variance are known", fix="leave posterior out, or fit without a slab",
+            allowed="laws whose mean and variance are known", fix="leave posterior out",
         ) from error  # fmt: skip
-    laws = posterior.laws()
+    laws, factors = posterior.laws(), posterior.guide.by_site()
     found = {}
     for name in spec.parameters:
         mean, variance = _moments(laws[name])
         if mean.dim() > 1:
             gate_mean, gate_variance = mean.new_ones(mean.shape[1]), mean.new_zeros(mean.shape[1])
-            for block in spec.blocks:
+            for block in (b for b in spec.blocks if b.name in gates):  # folded scales are in the weights already
                 for member in (m for m in block.consumers if m.parameter == name):
                     index = torch.as_tensor(member.indices).sort().values
                     gate_mean[index], gate_variance[index] = (m[member.group_of_index()] for m in gates[block.name])
             gate_mean, gate_variance = (m.reshape(-1, *[1] * (mean.dim() - 2)) for m in (gate_mean, gate_variance))
             variance = gate_variance * mean.square() + gate_mean.square() * variance + gate_variance * variance
-        found[name] = variance.numpy()
+        kept = getattr(factors[name], "kept", None)
+        found[name] = (variance if kept is None or kept.all() else variance[kept.cpu()]).numpy()
     return found
 
 
@@ -201,14 +202,8 @@ def _moments(law: Distribution) -> tuple[Tensor, Tensor]:
 
 
 def _choose_steps(state: Mapping[str, Tensor], plan: Plan, significands: Mapping[str, int]) -> dict[str, float]:
-    """Steps of the grids: by significand bits where there are any, else by the plan's bits below 32."""
-    if significands:
-        return {name: 2.0**-bits for name, bits in significands.items() if bits < MAX_SIGNIFICAND}
-    return {
-        name: stored_step(state[name], bits)
-        for name, bits in plan.bits.items()
-        if bits < _FLOAT_BITS and name in state and state[name].is_floating_point()
-    }
+    """Steps of the grids: those of the plan, by significand bits where it has none and these are known."""
+    return {n: 2.0**-bits for n, bits in significands.items() if bits < MAX_SIGNIFICAND} | planned_steps(plan, state)
 
 
 def _count_bytes(net: nn.Module, steps: Mapping[str, float]) -> tuple[int | None, tuple[str, ...]]:

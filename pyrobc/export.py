@@ -38,7 +38,7 @@ from pyrobc.errors import MissingExtraError, OutputError
 from pyrobc.plan import Plan
 from pyrobc.slicing import call_network
 
-__all__ = ["FILES", "Files", "convert", "load", "save", "verify"]
+__all__ = ["FILES", "Files", "convert", "load", "planned_steps", "save", "verify"]
 
 FILES = ("model.safetensors", "model.pt2", "model.onnx", "model.rbc", "posterior.nc", "plan.json")
 _FORMAT = "1"
@@ -217,14 +217,24 @@ def _code(net: nn.Module, plan: Plan, bits: int | Mapping[str, int] | None) -> t
     if bits is not None:
         return codec.encode(net, bits=bits)[0], ()
     try:
-        state = {name: tensor for name, tensor in net.state_dict().items() if tensor.is_floating_point()}
-        widths = {name: width for name, width in plan.bits.items() if width < _FLOAT_BITS and name in state}
-        return codec.encode(net, steps={name: stored_step(state[name], b) for name, b in widths.items()})[0], ()
+        return codec.encode(net, steps=planned_steps(plan, net.state_dict()))[0], ()
     except OutputError as error:
         reason = f"{error.subject}: {error.got}, which the format does not hold"
     except Exception as error:  # one more copy of the network must not cost a run its results
         reason = f"{type(error).__name__}: {error}"
     return None, (f"model.rbc was left out: {reason}",)
+
+
+def planned_steps(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, float]:
+    """Step of each tensor that the plan puts on a grid: by ``plan.bits``, or of the grid that it was fitted on.
+
+    The latter only where all numbers still lie on it.
+    """
+    real = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    widths = {name: bits for name, bits in plan.bits.items() if bits < _FLOAT_BITS and name in real}
+    fitted = {name: step for name, step in plan.rule.get("steps", {}).items() if name in real}
+    lying = {n: step for n, step in fitted.items() if torch.equal((real[n] / step).round() * step, real[n])}
+    return {name: stored_step(real[name], bits) for name, bits in widths.items()} | lying
 
 
 def _has_onnx() -> bool:

@@ -16,6 +16,7 @@ from pyrobc.batches import seeded
 from pyrobc.bits import layer_bits, published_rates, round_to_grid
 from pyrobc.errors import FamilyError, OutputError, PlanError
 from pyrobc.family import make_family
+from pyrobc.folding import fold_scales
 from pyrobc.lift import lift
 from pyrobc.models.mlp import build
 from pyrobc.plan import BlockPlan, Plan, SlicePlan
@@ -199,9 +200,27 @@ def test_refusals(compressed, tmp_path):
         compression_table(compressed.plan, posterior=posterior)
 
 
-def test_posterior_without_a_variance_is_refused(keeping):
+def test_posterior_without_a_variance_is_refused(keeping, monkeypatch):
     model = lift(build(6, (3,), 2), make_family("group_horseshoe", slab=1.0), "categorical", torch.randn(1, 6))
-    with pytest.raises(FamilyError, match="multipliers without a variance.*fit without a slab"):
-        compression_table(
-            keeping(model.spec, model.spec.everything()), posterior=Posterior(model, model.new_guide(), 10)
-        )
+    plan, posterior = keeping(model.spec, model.spec.everything()), Posterior(model, model.new_guide(), 10)
+    assert all(4 < part.bits < 32 for part in compression_table(plan, posterior=posterior).layers)
+
+    def refuse(_):
+        raise NotImplementedError
+
+    monkeypatch.setattr("pyrobc.dists.SoftCapped.variance", property(refuse))
+    with pytest.raises(FamilyError, match="multipliers without a variance.*leave posterior out"):
+        compression_table(plan, posterior=posterior)
+
+
+def test_folded_and_pruned_posteriors_count_what_is_kept(keeping):
+    model = lift(build(6, (3,), 2), "group_normal_jeffreys", "categorical", torch.randn(1, 6))
+    posterior = Posterior(model, model.new_guide(), 10)
+    plan = keeping(model.spec, model.spec.everything())
+    whole = compression_table(plan, posterior=posterior)
+    folded = fold_scales(posterior)
+    assert compression_table(plan, posterior=folded).layers == whole.layers
+    folded.guide.by_site()["1.weight"].keep_(torch.rand(3, 6) < 0.3)
+    pruned = compression_table(plan, posterior=folded)
+    assert pruned.layers == whole.layers, "what is deleted needs no bits, and none are averaged in"
+    assert pruned.num_bytes < whole.num_bytes
