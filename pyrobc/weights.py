@@ -33,7 +33,7 @@ __all__ = ["count_weights", "prune_weights", "score_weights"]
 @torch.no_grad()
 def score_weights(posterior: Posterior) -> dict[str, Tensor]:
     """Log Bayes factor of deleting each weight and bias, nats, float64, by parameter; NaN where already deleted."""
-    family, spec = posterior.model.family, posterior.model.spec
+    family = posterior.model.family
     if not isinstance(family, FoldedFamily):
         raise FamilyError(
             f"weights of family {family.name!r}", got="a posterior with group scales",
@@ -41,8 +41,6 @@ def score_weights(posterior: Posterior) -> dict[str, Tensor]:
         )  # fmt: skip
     scores = {}
     for name, factor in _normal_factors(posterior).items():
-        if spec.parameters[name].kind not in ("weight", "bias"):
-            continue  # deleting a normalisation's scale deletes its channel, which is a group's matter
         q = dist.Normal(factor.mean().double(), factor.log_scale.double().exp())
         p = dist.Normal(torch.zeros_like(q.loc), torch.full_like(q.loc, family.prior_scales[name]))
         delta_f = reduce(q, p, dist.Delta(torch.zeros_like(q.loc))).delta_f
@@ -101,8 +99,10 @@ def _find_least(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def _normal_factors(posterior: Posterior) -> dict[str, NormalFactor]:
-    sites = posterior.guide.by_site()
-    return {n: f for n in posterior.model.spec.parameters if isinstance(f := sites[n], NormalFactor)}
+    """Of weights and biases: deleting a normalisation's scale deletes its channel, which is a group's matter."""
+    sites, parameters = posterior.guide.by_site(), posterior.model.spec.parameters
+    names = [name for name, info in parameters.items() if info.kind in ("weight", "bias")]
+    return {n: f for n in names if isinstance(f := sites[n], NormalFactor)}
 
 
 def _learned_odds(scores: Tensor) -> float:
