@@ -58,12 +58,15 @@ def sparsify(
     """
     posterior = posterior.copy()
     start = count_weights(posterior)[0]
+    history: list[dict[str, float]] = []
 
     def refit(number: int, length: int, **more: Any) -> Posterior:
         file = None if checkpoint is None else Path(checkpoint) / f"round_{number}.pt"
-        return fit(
+        fitted = fit(
             posterior.model, data, epochs=length, guide=posterior.guide, checkpoint=file, **{**settings, **more}
         )
+        history.extend(fitted.history)
+        return fitted
 
     for number in range(rounds):
         refit_prior(posterior)
@@ -78,4 +81,5 @@ def sparsify(
     if settle_epochs:
         refit_prior(posterior)
         posterior = refit(rounds, settle_epochs, schedule=anneal(settle_epochs))
+    posterior.history = history or posterior.history
     return posterior
