@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from pyrobc.export import save as save
     from pyrobc.family import Family as Family
     from pyrobc.fit import fit as fit
+    from pyrobc.folding import fold_scales as fold_scales
+    from pyrobc.gridding import move_to_grid as move_to_grid
     from pyrobc.lift import lift as lift
     from pyrobc.likelihoods import Bernoulli as Bernoulli
     from pyrobc.likelihoods import Categorical as Categorical
@@ -50,14 +52,18 @@ if TYPE_CHECKING:
     from pyrobc.report import write_report as write_report
     from pyrobc.scores import Score as Score
     from pyrobc.scores import score as score
+    from pyrobc.sparsify import sparsify as sparsify
     from pyrobc.surgery import apply as apply
+    from pyrobc.weights import prune_weights as prune_weights
+    from pyrobc.weights import score_weights as score_weights
 
 _PUBLIC = {
     "Bernoulli": "likelihoods", "Categorical": "likelihoods", "Evidence": "evidence", "Family": "family",
     "Normal": "likelihoods", "Plan": "plan", "Posterior": "posterior", "Result": "compress", "Score": "scores",
     "apply": "surgery", "compare": "compare", "compress": "compress", "decide": "decide", "evidence": "evidence",
     "fit": "fit", "lift": "lift", "load": "export", "read_plan": "plan", "save": "export", "score": "scores",
-    "compression_table": "report", "write_report": "report",
+    "compression_table": "report", "fold_scales": "folding", "move_to_grid": "gridding", "prune_weights": "weights",
+    "score_weights": "weights", "sparsify": "sparsify", "write_report": "report",
 }  # fmt: skip
 _PACKAGES = ("bits", "bmr", "codec", "dists", "errors", "families", "guides", "models")
 

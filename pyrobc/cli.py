@@ -157,7 +157,7 @@ def _run_inspect(options: Namespace, command: list[str]) -> int:
     print_table(["block", "groups", *OUTCOMES], rows)
     facts = {"rule": plan.rule, "evidence": plan.evidence, "from": plan.provenance, "left alone": plan.left_alone}
     for title, values in facts.items():
-        shown = {key: value for key, value in values.items() if key != "references"}
+        shown = {key: value for key, value in values.items() if key not in ("references", "steps")}
         if shown:
             print(f"{title}: {_join(shown, '; ')}")
     for note in plan.notes:

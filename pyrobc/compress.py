@@ -26,6 +26,7 @@ from pyrobc.posterior import Posterior
 from pyrobc.scores import PriorOdds, Score, score
 from pyrobc.settings import check_settings
 from pyrobc.surgery import apply
+from pyrobc.thinning import KeepWeights, check_thinning, record_thinning, thin
 
 __all__ = ["Result", "compress"]
 
@@ -35,7 +36,7 @@ class Result:
     """What ``compress`` returns.
 
     Attributes:
-        net: the compact network, an ordinary module.
+        net: the compact network, an ordinary module; with ``keep_weights`` many of its numbers are zero.
         plan: what was removed, and why; belongs to the network that was given.
         posterior: the posterior of the compact network.
         score: scores of the first round, over all groups.
@@ -83,6 +84,8 @@ def compress(
     prior_odds: PriorOdds = "implied",
     max_worse: float = 2.0,
     budget: int | None = None,
+    keep_weights: KeepWeights = None,
+    coarseness: float | None = None,
     num_draws: int = 200,
     evidence_rows: int = 1000,
     device: str | torch.device | None = None,
@@ -116,7 +119,11 @@ def compress(
         epsilon: largest negligible share of a layer's input.
         prior_odds: ``implied``, ``learned`` or a probability.
         max_worse: standard errors by which the reduced ELPD may fall short.
-        budget: largest number of parameters.
+        budget: largest number of parameters, zeros included.
+        keep_weights: weights and biases that stay inside what the groups keep: a number, a share of the parameters of
+            ``net`` between 0 and 1, ``"odds"`` for all that posterior odds keep, or None to delete none.
+        coarseness: step of the grids that the numbers then move to, in posterior standard deviations, about 1 (fine) to
+            4 (coarse); None for no grids.
         num_draws: posterior draws for the evidence.
         evidence_rows: training rows it looks at; its cost is draws times rows times the networks on the path.
         device: where to compute.
@@ -131,6 +138,7 @@ def compress(
     check_kind(net, nn.Module, "network", "a torch.nn.Module", "pass the network itself, not its class or name")
     chosen = make_family(family, **dict(family_args or {}))
     _check_choices(chosen, reduction, epsilon, prior_odds, num_draws, evidence_rows, readapt_epochs, rounds, max_worse)
+    check_thinning(chosen, keep_weights, coarseness, readapt_epochs)
     law = make_likelihood(likelihood)
     loader = as_loader(data, batch_size=batch_size)
     count_rows(loader)
@@ -191,6 +199,15 @@ def compress(
             )
             history += posterior.history
             compact = posterior.to_module()
+    if keep_weights is not None or coarseness is not None:
+        posterior = thin(
+            posterior, loader, keep_weights=keep_weights, coarseness=coarseness,
+            dense_parameters=cast(Plan, plan).parameters[0], epochs=max(1, readapt),
+            folder=None if output is None else Path(output) / "checkpoints" / "weights", settings=settings,
+        )  # fmt: skip
+        history += posterior.history
+        plan = record_thinning(cast(Plan, plan), model.spec, posterior, keep_weights, coarseness)
+        compact = posterior.to_module()
     result = Result(compact, cast(Plan, plan), posterior, *steps[0], history, example, dense=dense or net)
     if test is not None:
         result.table = compare({"dense": result.dense, "compact": compact}, test, likelihood)

@@ -85,6 +85,10 @@ class RunConfig:
     prior_odds: Literal["implied", "learned"] | float = _key("implied, learned, or a probability", "implied")
     max_worse: float = _key("standard errors by which the reduced ELPD may fall short", 2.0)
     budget: int | None = _key("largest number of parameters", None)
+    keep_weights: int | float | Literal["odds"] | None = _key(
+        "weights that stay inside the groups: a number, a share of the dense parameters, or odds", None
+    )
+    coarseness: float | None = _key("step of the grids of numbers, in posterior standard deviations", None)
     num_draws: int = _key("posterior draws for the evidence", 200)
     evidence_rows: int = _key("training rows the evidence looks at", 1000)
     device: str | None = _key("cpu, cuda, cuda:1, ...", None)

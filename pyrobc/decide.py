@@ -14,13 +14,14 @@ odds; a block without a cut is left undecided as a whole.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyrobc.errors import BudgetError, ConfigError, PlanError
-from pyrobc.groups import GroupSpec, Ints
+from pyrobc.groups import GroupSpec, Ints, Kept
 from pyrobc.plan import BlockPlan, Plan, SlicePlan
 from pyrobc.scores import PriorOdds, Score
 
@@ -113,6 +114,29 @@ def decide(
         settings = {"max_worse": max_worse, "budget": budget}
         rule = {"baseline": score.label, "unit": score.unit, "cuts": cuts, **settings}
     return _make_plan(score, log_odds, outcomes, rule, checked, notes)
+
+
+def remove_groups(plan: Plan, spec: GroupSpec, kept: Kept, reason: str) -> Plan:
+    """``plan`` with further groups removed for one reason: those that are not among ``kept``.
+
+    Args:
+        plan: for the network of ``spec``.
+        spec: its groups.
+        kept: groups that stay, by block; all of them groups that the plan keeps.
+        reason: why the others leave.
+    """
+    blocks = []
+    for block in plan.blocks:
+        gone = set(block.kept) - {int(group) for group in kept[block.name]}
+        outcomes = tuple("prune" if i in gone else outcome for i, outcome in enumerate(block.outcomes))
+        reasons = tuple(reason if i in gone else text for i, text in enumerate(block.reasons))
+        blocks.append(replace(block, outcomes=outcomes, reasons=reasons))
+    left = {block.name: np.asarray(block.kept) for block in blocks}
+    parameters, macs = spec.forecast(left)
+    return replace(
+        plan, blocks=tuple(blocks), slices=_make_slices(spec, left), parameters=(plan.parameters[0], parameters),
+        macs=(plan.macs[0], macs),
+    )  # fmt: skip
 
 
 def _judge(score: Score, log_odds: Mapping[str, NDArray[np.float64]], z: float) -> Outcomes:

@@ -17,6 +17,7 @@ __all__ = ["COLOURS", "draw_candidates", "draw_scores", "draw_sensitivity", "dra
 COLOURS = {"keep": "#3f86c9", "prune": "#d27d2d", "abstain": "#9b63b8"}
 """By outcome; of middle lightness, so that they stand out from white and from near-black."""
 
+_MOST_PANELS = 4
 _INK = "#010203"  # stands for the page's text colour
 _STYLE = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 9.5,
@@ -28,14 +29,17 @@ _STYLE = {
 def draw_training(history: Sequence[Mapping[str, float]]) -> str:
     """ELBO in nats, one panel per fit: networks before and after a cut have ELBOs of their own.
 
-    The first tenth of each fit may leave the frame.
+    The first tenth of each fit may leave the frame.  Of more than four fits, as when weights are deleted in rounds, all
+    but the first share a panel.
     """
     starts = [0, *(i for i in range(1, len(history)) if history[i]["epoch"] <= history[i - 1]["epoch"]), len(history)]
     fits = [history[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    if len(fits) > _MOST_PANELS:
+        fits = [fits[0], history[starts[1] :]]
     with _Figure("training", len(fits)) as (axes, drawing):
         for number, (ax, rows) in enumerate(zip(axes, fits, strict=True)):
             elbo = np.array([row["elbo"] for row in rows])
-            ax.plot([row["epoch"] for row in rows], elbo, color=COLOURS["keep"], lw=1.4)
+            ax.plot(range(1, len(rows) + 1), elbo, color=COLOURS["keep"], lw=1.4)
             low, high = elbo[len(elbo) // 10 :].min(), elbo.max()
             margin = 0.06 * (high - low) or 1.0
             ax.set(ylim=(low - margin, high + margin), xlabel="epoch", ylabel="" if number else "ELBO (nats)")

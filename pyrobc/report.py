@@ -26,6 +26,7 @@ MEASURES = {
 """Columns of ``compress``'s table, in words."""
 
 _CLOSEST = 15
+_FLOAT_BYTES = 4
 
 
 class Compression(Protocol):
@@ -86,11 +87,23 @@ def tabulate(result: Compression) -> list[dict[str, str]]:
             texts = [_format_measure(name, row, likelihood) for row in (dense, compact)]
             ratio = "" if name == "error" or not compact[name] else f"{dense[name] / compact[name]:.3g}\u00d7"
             rows.append({"name": words, "dense": texts[0], "compact": texts[1], "ratio": ratio})
-        return rows
-    for name, (before, after) in {"parameters": plan.parameters, "macs": plan.macs}.items():
-        ratio = f"{before / after:.3g}\u00d7" if after else ""
-        rows.append({"name": MEASURES[name], "dense": f"{before:,}", "compact": f"{after:,}", "ratio": ratio})
+        return [*rows, *(_row(*line) for line in _count_weights(plan))]
+    counts = [(MEASURES["parameters"], *plan.parameters), (MEASURES["macs"], *plan.macs)]
+    return [_row(*line) for line in (*counts, *_count_weights(plan))]
+
+
+def _count_weights(plan: Plan) -> list[tuple[str, int, int]]:
+    """What pruning inside the groups left, if there was any: numbers that are not zero, and the bytes they take."""
+    dense, found = plan.parameters[0], plan.rule.get("weights", {})
+    rows = [("parameters that are not zero", dense, found["nonzero"])] if found else []
+    if found.get("file_bytes"):
+        rows.append(("bytes of model.rbc; dense: as float32", _FLOAT_BYTES * dense, found["file_bytes"]))
     return rows
+
+
+def _row(name: str, before: int, after: int) -> dict[str, str]:
+    ratio = f"{before / after:.3g}\u00d7" if after else ""
+    return {"name": name, "dense": f"{before:,}", "compact": f"{after:,}", "ratio": ratio}
 
 
 def describe_measurement(result: Compression) -> str:
@@ -158,7 +171,7 @@ def _describe_decision(result: Compression) -> dict[str, Any]:
         for b in plan.blocks for i in range(b.size)
     ]  # fmt: skip
     rows.sort(key=lambda row: abs(row["odds"]) if math.isfinite(row["odds"]) else math.inf)
-    rule = [(key.replace("_", " "), _say(value)) for key, value in plan.rule.items()]
+    rule = [(key.replace("_", " "), _say(value)) for key, value in plan.rule.items() if key != "steps"]
     baseline = plan.baseline
     outcomes = [outcome for block in plan.blocks for outcome in block.outcomes]
     counts = ", ".join(f"{outcomes.count(o)} {o}" for o in ("keep", "prune", "abstain"))

@@ -52,6 +52,7 @@ LAYERS = {
         "figures",
         "report",
         "sparsify",
+        "thinning",
         "cli",
     },
     5: {"__init__", "__main__"},  # the façade: hands out names of every layer
