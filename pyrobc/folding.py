@@ -33,7 +33,7 @@ from pyrobc.lifted_layers import LiftedLayer
 from pyrobc.meanfield import Factor, MeanFieldGuide, NormalFactor
 from pyrobc.posterior import Posterior
 
-__all__ = ["FoldedFamily", "fold_scales", "refit_prior"]
+__all__ = ["FoldedFamily", "check_folded", "fold_scales", "refit_prior"]
 
 _SMALLEST_SCALE = 1e-6
 
@@ -139,12 +139,26 @@ def fold_scales(posterior: Posterior) -> Posterior:
 @torch.no_grad()
 def refit_prior(posterior: Posterior) -> Posterior:
     """The same posterior, its prior fitted again in place (empirical Bayes)."""
-    model, family = posterior.model, posterior.model.family
-    assert isinstance(family, FoldedFamily)
+    model, family = posterior.model, check_folded(posterior)
     sites = posterior.guide.by_site()
     scales = {n: _fit_scale(sites[n], info.kind) for n, info in model.spec.parameters.items()}
     family.prior_scales = scales
     return posterior
+
+
+def check_folded(posterior: Posterior) -> FoldedFamily:
+    """The family of a folded posterior.
+
+    Raises:
+        FamilyError: it is not folded.
+    """
+    family = posterior.model.family
+    if not isinstance(family, FoldedFamily):
+        raise FamilyError(
+            f"weights of family {family.name!r}", got="a posterior with group scales",
+            allowed="a folded posterior: a weight's own law, without its group's scale", fix="call fold_scales first",
+        )  # fmt: skip
+    return family
 
 
 def _find_reader(model: LiftedModel, site: str) -> LiftedLayer | None:

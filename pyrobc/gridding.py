@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrobc.errors import ConfigError
+from pyrobc.folding import check_folded
 from pyrobc.meanfield import Factor, MeanFieldGuide, NormalFactor
 from pyrobc.posterior import Posterior
 
@@ -79,6 +80,7 @@ def move_to_grid(posterior: Posterior, coarseness: float, bias_coarseness: float
             "coarseness of the grid", got=f"{coarseness} and {bias_coarseness}", allowed="positive numbers",
             fix="pass 2.0, and less for a finer grid",
         )  # fmt: skip
+    check_folded(posterior)
     factors: dict[str, Factor] = {}
     for site, factor in posterior.guide.by_site().items():
         info = posterior.model.spec.parameters.get(site)

@@ -155,8 +155,8 @@ def score(
         raise ReductionError(
             f"reduction for family {family.name!r}",
             got=repr(label),
-            allowed=", ".join(known),
-            fix=suggest(label, known),
+            allowed=", ".join(known) or "none: its groups are decided already",
+            fix=suggest(label, known) if known else "use score_weights for single weights",
         )
     generator = torch.Generator().manual_seed(seed)
     thresholds = posterior.thresholds(epsilon)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from pyrobc.bmr import learn_inclusion, reduce
-from pyrobc.errors import BudgetError, FamilyError
-from pyrobc.folding import FoldedFamily
+from pyrobc.errors import BudgetError
+from pyrobc.folding import check_folded
 from pyrobc.meanfield import NormalFactor
 from pyrobc.posterior import Posterior
 
@@ -33,12 +33,7 @@ __all__ = ["count_weights", "prune_weights", "score_weights"]
 @torch.no_grad()
 def score_weights(posterior: Posterior) -> dict[str, Tensor]:
     """Log Bayes factor of deleting each weight and bias, nats, float64, by parameter; NaN where already deleted."""
-    family = posterior.model.family
-    if not isinstance(family, FoldedFamily):
-        raise FamilyError(
-            f"weights of family {family.name!r}", got="a posterior with group scales",
-            allowed="a folded posterior: a weight's own law, without its group's scale", fix="call fold_scales first",
-        )  # fmt: skip
+    family = check_folded(posterior)
     scores = {}
     for name, factor in _normal_factors(posterior).items():
         q = dist.Normal(factor.mean().double(), factor.log_scale.double().exp())

@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyrobc.errors import BudgetError, CheckpointError, FamilyError
+from pyrobc.errors import BudgetError, CheckpointError, FamilyError, ReductionError
 from pyrobc.fit import fit
 from pyrobc.folding import FoldedFamily, fold_scales, refit_prior
+from pyrobc.gridding import move_to_grid
 from pyrobc.lift import LiftedModel, lift
 from pyrobc.meanfield import NormalFactor
 from pyrobc.models.regression import LinearRegression
 from pyrobc.objective import fast_loss, traced_loss
 from pyrobc.posterior import Posterior
+from pyrobc.scores import score
+from pyrobc.sparsify import sparsify
 from pyrobc.weights import count_weights, prune_weights, score_weights
 
 
@@ -279,8 +282,13 @@ def test_numbers_to_keep_that_make_no_sense_are_refused(keep: Any) -> None:
 
 def test_weights_under_group_scales_are_not_scored() -> None:
     model = lift(nn.Linear(6, 5), "group_normal_jeffreys", "normal", torch.zeros(1, 6))
-    with pytest.raises(FamilyError, match="call fold_scales first"):
-        score_weights(Posterior(model, model.new_guide(), 10))
+    posterior = Posterior(model, model.new_guide(), 10)
+    needs: list[Any] = [score_weights, prune_weights, refit_prior, lambda p: move_to_grid(p, 1.0)]
+    for call in (*needs, lambda p: sparsify(p, data(), keep=5)):
+        with pytest.raises(FamilyError, match="got a posterior with group scales.*call fold_scales first"):
+            call(posterior)
+    with pytest.raises(ReductionError, match="reduction for family 'folded'.*none"):
+        score(fold_scales(posterior))
 
 
 def test_the_prior_is_that_of_what_is_left() -> None:
