@@ -7,7 +7,7 @@ draws from torch, numpy or Python (or has a generator of its own) repeats itself
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -102,6 +102,7 @@ def fit(
     guide: MeanFieldGuide | None = None,
     progress: bool = True,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_step: Callable[[MeanFieldGuide, float], None] | None = None,
 ) -> Posterior:
     """Fit ``model`` by stochastic variational inference.
 
@@ -126,6 +127,7 @@ def fit(
         guide: start from this guide instead of a new one (re-adapting after a cut).
         progress: show a progress bar.
         on_epoch: called with the numbers of each epoch, after its checkpoint.
+        on_step: called before each step with the guide, which it may change, and the fraction of the steps done.
 
     Raises:
         DataError, FitError, CheckpointError, OutputError: see the message.
@@ -181,7 +183,7 @@ def fit(
     with pyro.get_param_store().scope(), bar:
         while run.epoch < epochs and not _is_stale(run, patience):
             weight = temperature * min(1.0, (run.epoch + 1) / (warmup_epochs + 1))
-            numbers = _train_epoch(run, loss, loader, weight, clip_norm, seed)
+            numbers = _train_epoch(run, loss, loader, weight, clip_norm, seed, on_step, epochs)
             if held_out is not None:
                 with repeatable(held_out, seed, run.epoch):
                     numbers["validation_loss"] = _validate(run, held_out)
@@ -215,17 +217,27 @@ def anneal(epochs: int) -> ScheduleFactory:
 
 
 def _train_epoch(
-    run: _Run, loss: Loss, loader: Iterable[Any], temperature: float, clip_norm: float | None, seed: int
+    run: _Run,
+    loss: Loss,
+    loader: Iterable[Any],
+    temperature: float,
+    clip_norm: float | None,
+    seed: int,
+    on_step: Callable[[MeanFieldGuide, float], None] | None,
+    epochs: int,
 ) -> dict[str, float]:
     model, is_first = run.model, not run.has_checked_data
     model.train()
     total, batches = 0.0, 0
+    length = max(1, len(loader)) if isinstance(loader, Sized) else math.inf
     with repeatable(loader, seed, run.epoch):
         for batch in loader:
             inputs, targets = move(batch[0], model.anchor), move(batch[1], model.anchor)
             if is_first:
                 check_batch(inputs, targets, model.example_inputs)
                 _check_targets(run, inputs, targets)
+            if on_step is not None:
+                on_step(run.guide, (run.epoch + min(1.0, batches / length)) / epochs)
             with pyro.validation_enabled(is_first and batches == 0):
                 value = loss(inputs, targets, temperature)
             run.optimizer.zero_grad(set_to_none=True)
@@ -260,17 +272,15 @@ def _look(run: _Run, inputs: Any, targets: Tensor) -> dict[str, float]:
     own, _ = split_laws(model, run.guide.distributions())
     mean = model.complete(model.family.mean(own, model.spec))
     scales = model.family.scales(own, model.family.prior(model.spec, model.anchor), model.spec)
-    if not scales:  # folded: every group that is there matters
-        with evaluating(model):
-            error = model.likelihood.loss(model.run(mean, inputs), targets).mean()
-        return {"error": float(error), "groups": float(sum(block.size for block in model.spec.blocks))}
-    rms = measure_input_rms(model, mean, [(inputs, targets)])
-    thresholds = negligible_thresholds(model.spec, mean, rms, DEFAULT_EPSILON)
-    stay = math.nan
-    if not any(bool(threshold.isnan().any()) for threshold in thresholds.values()):
-        stay = sum(
-            float((1 - interval_log_mass(scales[b].posterior, -t, t).exp()).sum()) for b, t in thresholds.items()
-        )
+    stay = float(sum(block.size for block in model.spec.blocks))
+    if scales:  # folded families have none: every group that is there matters
+        rms = measure_input_rms(model, mean, [(inputs, targets)])
+        thresholds = negligible_thresholds(model.spec, mean, rms, DEFAULT_EPSILON)
+        stay = math.nan
+        if not any(bool(threshold.isnan().any()) for threshold in thresholds.values()):
+            stay = sum(
+                float((1 - interval_log_mass(scales[b].posterior, -t, t).exp()).sum()) for b, t in thresholds.items()
+            )
     with evaluating(model):
         error = model.likelihood.loss(model.run(mean, inputs), targets).mean()
     return {"error": float(error), "groups": stay}

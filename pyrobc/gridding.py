@@ -1,4 +1,4 @@
-r"""A posterior whose means lie on grids as coarse as its own uncertainty: what the coded file will hold, trained as such.
+r"""A posterior whose means lie on grids as coarse as its own uncertainty, trained as the coded file will hold them.
 
 **Steps.** Rounding to a step :math:`\Delta` moves a mean by an error of variance :math:`\Delta^2/12`, and so the
 posterior by :math:`\tfrac1{24}\sum_i \Delta^2/s_i^2` nats, while each weight's code shortens by one bit as the step
@@ -10,7 +10,8 @@ doubles (Gish and Pierce 1968).  With one multiplier of the rate for all tensors
 ``coarseness`` :math:`\kappa` posterior standard deviations, the harmonic mean being ruled by the weights that are known
 best: the posterior says how many bits each tensor deserves, and one number trades bytes for accuracy.
 
-**Training.** A mean is :math:`\Delta\,\mathrm{round}(\theta/\Delta)`.  The noise of the posterior stays, gradients pass
+**Training.** A mean is :math:`\Delta\,\mathrm{sign}(\theta)\lfloor|\theta|/\Delta + \tfrac12 - \delta\rfloor`: thresholds
+lie a little further out than half way, as smaller integers have shorter codes (Sullivan 1996).  The noise of the posterior stays, gradients pass
 the rounding unchanged to :math:`\theta` (straight through; Bengio, Leonard and Courville 2013) and exactly to
 :math:`\Delta`, which goes on learning, slowly.
 """
@@ -31,6 +32,10 @@ __all__ = ["GridFactor", "move_to_grid", "read_steps"]
 
 _STEP_LR = 0.1
 """Learning rate of a step, in units of that of a weight: it sums the gradients of hundreds."""
+
+
+_DEAD_ZONE = 0.2
+"""How much further out than half way thresholds lie, in steps."""
 
 
 class GridFactor(NormalFactor):
@@ -57,8 +62,9 @@ class GridFactor(NormalFactor):
 
     def mean(self) -> Tensor:
         """On the grid; the gradient reaches the latent means as if they were not rounded."""
-        step = self.step
-        return (self.loc.detach() / step.detach()).round() * step + (self.loc - self.loc.detach())
+        step, loc = self.step, self.loc.detach()
+        integers = (loc.abs() / step.detach() + (0.5 - _DEAD_ZONE)).floor() * loc.sign()
+        return integers * step + (self.loc - loc)
 
     def parameters_by_rate(self) -> dict[float, list[nn.Parameter]]:
         """The step learns slowly."""

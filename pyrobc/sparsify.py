@@ -1,24 +1,30 @@
 r"""Iterated reduction of weights: delete, cut what has become useless, fit again, until a density or a fixed point.
 
-With a number to keep, round ``r`` of ``R`` leaves :math:`n + (n_0 - n)(1 - r/R)^3` weights (the cubic of Zhu and Gupta
-2017): most leave early, when many are alike, and the last ones one by one.  Without one, each round deletes what has
-posterior odds above one, and the rounds end when none does.
+With a number to keep, :math:`n + (n_0 - n)(1 - t)^3` weights are left at fraction ``t`` of the steps (the cubic of Zhu
+and Gupta 2017): most leave early, when many are alike, and the last ones a few at a time; a round is then only where
+the prior is fitted again and dead units are cut.  Without one, each round deletes what has posterior odds above one,
+and the rounds end when none does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pyrobc.dead_units import remove_dead_units
 from pyrobc.fit import anneal, fit
 from pyrobc.folding import refit_prior
+from pyrobc.meanfield import MeanFieldGuide
 from pyrobc.posterior import Posterior
 from pyrobc.weights import count_weights, prune_weights
 
 __all__ = ["WeightCount", "sparsify"]
+
+_DELETIONS_PER_EPOCH = 8
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,27 @@ class WeightCount:
     deleted: int
 
 
+@dataclass
+class _Cubic:
+    """Deletes weights along the cubic, some times an epoch; at its start too, so that resuming changes nothing."""
+
+    posterior: Posterior
+    start: int
+    keep: int
+    first: float
+    length: float
+    epochs: int
+    tick: int = -1
+
+    def __call__(self, guide: MeanFieldGuide, done: float) -> None:
+        tick = int(done * self.epochs * _DELETIONS_PER_EPOCH + 1e-6)
+        if tick > self.tick:
+            self.tick = tick
+            left = max(0.0, 1 - self.first - self.length * done) ** 3
+            at = replace(self.posterior, guide=guide)
+            prune_weights(at, round(self.keep + max(self.start - self.keep, 0) * left))
+
+
 def sparsify(
     posterior: Posterior,
     data: Any,
@@ -39,6 +66,7 @@ def sparsify(
     rounds: int = 12,
     epochs: int = 2,
     settle_epochs: int = 0,
+    seed: int = 0,
     checkpoint: str | Path | None = None,
     on_round: Callable[[WeightCount], None] | None = None,
     **settings: Any,
@@ -52,6 +80,7 @@ def sparsify(
         rounds: rounds of deletion, at most.
         epochs: epochs of fitting after each.
         settle_epochs: epochs after the last one, with the learning rate annealed to zero.
+        seed: of all randomness; every round draws its own from it.
         checkpoint: directory for the checkpoint of each round; an interrupted call resumes from it.
         on_round: called after each round.
         settings: of ``fit``.
@@ -62,22 +91,34 @@ def sparsify(
 
     def refit(number: int, length: int, **more: Any) -> Posterior:
         file = None if checkpoint is None else Path(checkpoint) / f"round_{number}.pt"
+        more["seed"] = int(
+            np.random.SeedSequence((seed, number)).generate_state(1)[0]
+        )  # no round repeats another's noise
         fitted = fit(
             posterior.model, data, epochs=length, guide=posterior.guide, checkpoint=file, **{**settings, **more}
         )
+        fitted.seed = seed
         history.extend(fitted.history)
         return fitted
 
     for number in range(rounds):
         refit_prior(posterior)
-        left = (1 - (number + 1) / rounds) ** 3
-        deleted = prune_weights(posterior, None if keep is None else round(keep + max(start - keep, 0) * left))
-        if keep is None and deleted == 0:
-            break
+        before = count_weights(posterior)[0]
+        if keep is None:
+            if prune_weights(posterior) == 0:
+                break
+            posterior = refit(number, epochs)
+        else:
+            posterior = refit(
+                number, epochs, on_step=_Cubic(posterior, start, keep, number / rounds, 1 / rounds, epochs)
+            )
         posterior = remove_dead_units(posterior, data)
-        posterior = refit(number, epochs)
         if on_round is not None:
-            on_round(WeightCount(number, *count_weights(posterior), deleted))
+            kept, total = count_weights(posterior)
+            on_round(WeightCount(number, kept, total, before - kept))
+    if keep is not None:  # what the last steps of the cubic left over
+        prune_weights(posterior, keep)
+        posterior = remove_dead_units(posterior, data)
     if settle_epochs:
         refit_prior(posterior)
         posterior = refit(rounds, settle_epochs, schedule=anneal(settle_epochs))
