@@ -10,10 +10,10 @@ doubles (Gish and Pierce 1968).  With one multiplier of the rate for all tensors
 ``coarseness`` :math:`\kappa` posterior standard deviations, the harmonic mean being ruled by the weights that are known
 best: the posterior says how many bits each tensor deserves, and one number trades bytes for accuracy.
 
-**Training.** A mean is :math:`\Delta\,\mathrm{sign}(\theta)\lfloor|\theta|/\Delta + \tfrac12 - \delta\rfloor`: thresholds
-lie a little further out than half way, as smaller integers have shorter codes (Sullivan 1996).  The noise of the posterior stays, gradients pass
-the rounding unchanged to :math:`\theta` (straight through; Bengio, Leonard and Courville 2013) and exactly to
-:math:`\Delta`, which goes on learning, slowly.
+**Training.** A mean is :math:`\Delta\,\mathrm{sign}(\theta)\lfloor|\theta|/\Delta + \tfrac12 - \delta\rfloor`:
+thresholds lie a little further out than half way, as smaller integers have shorter codes (Sullivan 1996).  The noise of
+the posterior stays, gradients pass the rounding unchanged to :math:`\theta` (straight through; Bengio, Leonard and
+Courville 2013) and exactly to :math:`\Delta`, which goes on learning, slowly.
 """
 
 from __future__ import annotations
