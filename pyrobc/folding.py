@@ -10,6 +10,13 @@ and the prior by one Normal for each tensor, of the variance that maximises the 
 
 .. math:: w \sim N(0, S^2), \qquad S^2 = \frac1n\sum_{i\text{ kept}} \big(E[w_i]^2 + \mathrm{Var}[w_i]\big).
 
+A Laplace prior of scale :math:`b = \tfrac1n\sum_i E|w_i|` takes its place on request (the Bayesian lasso; Park and
+Casella 2008): it pulls small weights to zero and leaves large ones, and a weight on a grid costs a number of nats that
+grows with :math:`|w|`, as its code does,
+
+.. math:: KL(N(m, s^2)\,\|\,\text{Laplace}(b)) = \ln 2b + E|w|/b - \tfrac12\ln(2\pi e s^2), \quad
+    E|w| = s\sqrt{2/\pi}\,e^{-m^2/2s^2} + m\,\mathrm{erf}(m/s\sqrt2).
+
 The deployed network is the same to the last bit of arithmetic; what is lost is that weights of a group shared the noise
 of their scale.  What is won: each weight's own change of prior is exact under the guide, and a step costs no draws of
 scales.
@@ -18,14 +25,16 @@ scales.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyrobc.errors import FamilyError
+from pyrobc.errors import FamilyError, suggest
 from pyrobc.family import Effective, Family, GroupScale, Laws, ReducedPrior, normal_prior
 from pyrobc.groups import GroupSpec
 from pyrobc.lift import LiftedModel
@@ -36,6 +45,7 @@ from pyrobc.posterior import Posterior
 __all__ = ["FoldedFamily", "check_folded", "fold_scales", "refit_prior"]
 
 _SMALLEST_SCALE = 1e-6
+PriorLaw = Literal["normal", "laplace"]
 
 
 class FoldedFamily(Family, is_registered=False):
@@ -43,21 +53,27 @@ class FoldedFamily(Family, is_registered=False):
 
     Args:
         origin: the family that was folded.
-        prior_scales: standard deviation of the prior of every parameter.
+        prior_scales: standard deviation of the prior of every parameter, or scale of a Laplace law.
+        law: ``normal`` or ``laplace``, of weights and biases.
     """
 
     name: ClassVar[str] = "folded"
     posterior_on: ClassVar[Literal["gate", "weight"]] = "weight"
 
-    def __init__(self, origin: Family, prior_scales: Mapping[str, float]) -> None:
-        self.origin, self.prior_scales = origin, dict(prior_scales)
+    def __init__(self, origin: Family, prior_scales: Mapping[str, float], law: PriorLaw = "normal") -> None:
+        self.origin, self.prior_scales, self.law = origin, dict(prior_scales), law
 
     def prior(self, spec: GroupSpec, like: Tensor) -> dict[str, Distribution]:
-        """One Normal for each tensor; the scales of normalisation layers are around one."""
-        return {
-            n: normal_prior(info.shape, self.prior_scales[n], like, loc=1.0 if info.kind == "scale" else 0.0)
-            for n, info in spec.parameters.items()
-        }
+        """One law for each tensor; the scales of normalisation layers are Normal around one."""
+        laws: dict[str, Distribution] = {}
+        for name, info in spec.parameters.items():
+            if self.law == "laplace" and info.kind != "scale":
+                one = dist.Laplace(like.new_zeros(()), like.new_tensor(self.prior_scales[name]), validate_args=False)
+                laws[name] = one.expand(torch.Size(info.shape)).to_event(len(info.shape))
+            else:
+                center = 1.0 if info.kind == "scale" else 0.0
+                laws[name] = normal_prior(info.shape, self.prior_scales[name], like, loc=center)
+        return laws
 
     def guide(self, spec: GroupSpec, start: Mapping[str, Tensor]) -> MeanFieldGuide:
         """Normals at the network's parameters, a tenth of the prior wide."""
@@ -91,7 +107,12 @@ class FoldedFamily(Family, is_registered=False):
 
     def settings(self) -> dict[str, Any]:
         """The settings of the family that was folded, and the fitted prior."""
-        return {**self.origin.settings(), "folded": self.origin.name, "prior_scales": self.prior_scales}
+        return {
+            **self.origin.settings(),
+            "folded": self.origin.name,
+            "prior_scales": self.prior_scales,
+            "law": self.law,
+        }
 
 
 @torch.no_grad()
@@ -137,11 +158,23 @@ def fold_scales(posterior: Posterior) -> Posterior:
 
 
 @torch.no_grad()
-def refit_prior(posterior: Posterior) -> Posterior:
-    """The same posterior, its prior fitted again in place (empirical Bayes)."""
+def refit_prior(posterior: Posterior, law: PriorLaw | None = None) -> Posterior:
+    """The same posterior, its prior fitted again in place (empirical Bayes).
+
+    Args:
+        posterior: folded.
+        law: ``normal`` or ``laplace``; the one it has if None.
+
+    Raises:
+        FamilyError: another law, or a posterior that is not folded.
+    """
     model, family = posterior.model, check_folded(posterior)
+    if law not in (None, *get_args(PriorLaw)):
+        allowed = ", ".join(get_args(PriorLaw))
+        raise FamilyError("prior of folded weights", got=repr(law), allowed=allowed, fix=suggest(str(law), ["laplace"]))
+    family.law = law or family.law
     sites = posterior.guide.by_site()
-    scales = {n: _fit_scale(sites[n], info.kind) for n, info in model.spec.parameters.items()}
+    scales = {n: _fit_scale(sites[n], info.kind, family.law) for n, info in model.spec.parameters.items()}
     family.prior_scales = scales
     return posterior
 
@@ -184,11 +217,15 @@ def _fold(factor: NormalFactor, first: Tensor | None, second: Tensor | None) -> 
     return folded
 
 
-def _fit_scale(factor: nn.Module, kind: str) -> float:
-    """Root of the mean square under the posterior of what is kept; one where nothing is."""
+def _fit_scale(factor: nn.Module, kind: str, law: PriorLaw = "normal") -> float:
+    """Root of the mean square, or mean size, under the posterior of what is kept; one where nothing is."""
     assert isinstance(factor, NormalFactor)
     if factor.kept.sum() == 0:
         return 1.0
+    if law == "laplace" and kind != "scale":
+        m, s = factor.mean()[factor.kept].double(), factor.log_scale[factor.kept].double().exp()
+        size = s * math.sqrt(2 / math.pi) * (-0.5 * (m / s).square()).exp() + m * torch.erf(m / (s * math.sqrt(2)))
+        return max(float(size.mean()), _SMALLEST_SCALE)
     center = 1.0 if kind == "scale" else 0.0
     power = (factor.mean() - center).square() + (2 * factor.log_scale).exp()
     return max(float(power[factor.kept].double().mean().sqrt()), _SMALLEST_SCALE)

@@ -30,7 +30,7 @@ from pyrobc.posterior import Posterior
 
 __all__ = ["GridFactor", "move_to_grid", "read_steps"]
 
-_STEP_LR = 0.1
+_STEP_LR = 0.06
 """Learning rate of a step, in units of that of a weight: it sums the gradients of hundreds."""
 
 

@@ -3,11 +3,11 @@ r"""Pruning inside what groups keep: Bayesian model reduction of single weights.
 Under a folded posterior (``pyrobc.folding``) a weight has :math:`q = N(m, s^2)` and prior :math:`N(0, S^2)`.  Deleting
 it is the change of prior to a point at zero (Savage--Dickey; Dickey 1971; Friston and Penny 2011),
 
-.. math:: \Delta F = \ln q(0) - \ln p(0) = \tfrac12\ln\frac{S^2}{s^2} - \frac{m^2}{2s^2}\quad\text{nats},
+.. math:: \Delta F = \ln q(0) - \ln p(0) = \tfrac12\ln\frac{S^2}{s^2} - \frac{m^2}{2s^2}\quad\text{nats}
 
-and the posterior log odds of "zero" are :math:`L = \Delta F + \ln\frac{\pi}{1-\pi}`.  :math:`\pi` is the prior
-probability that a weight is zero, learned for each tensor (Beta--Bernoulli, ``bmr.learn_inclusion``).  A row's or a
-kernel's :math:`\Delta F` is the sum over its weights, as the guide factorises.  Where the fit was tempered,
+(with a Laplace prior of scale ``b``, :math:`\ln q(0) + \ln 2b`), and the posterior log odds of "zero" are :math:`L =
+\Delta F + \ln\frac{\pi}{1-\pi}`.  :math:`\pi` is the prior probability that a weight is zero, learned for each tensor
+(Beta--Bernoulli, ``bmr.learn_inclusion``).  A row's or a kernel's :math:`\Delta F` is the sum over its weights, as the guide factorises.  Where the fit was tempered,
 :math:`-T\,\mathrm{ELBO}` was minimised with ``T`` on the KL, so :math:`T\,m^2/2s^2` is the second-order rise of the
 negative log likelihood.
 
@@ -37,7 +37,8 @@ def score_weights(posterior: Posterior) -> dict[str, Tensor]:
     scores = {}
     for name, factor in _normal_factors(posterior).items():
         q = dist.Normal(factor.mean().double(), factor.log_scale.double().exp())
-        p = dist.Normal(torch.zeros_like(q.loc), torch.full_like(q.loc, family.prior_scales[name]))
+        law = dist.Laplace if family.law == "laplace" else dist.Normal
+        p = law(torch.zeros_like(q.loc), torch.full_like(q.loc, family.prior_scales[name]))
         delta_f = reduce(q, p, dist.Delta(torch.zeros_like(q.loc))).delta_f
         scores[name] = torch.where(factor.kept, delta_f, torch.nan)
     return scores

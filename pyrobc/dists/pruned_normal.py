@@ -7,7 +7,8 @@ same point, their divergence is zero.  For the others nothing changes,
     q_i = N(m_i, s_i^2) \text{ if kept}, \quad \delta_0 \text{ if not}; \qquad
     KL(q\,\|\,p) = \sum_{i\text{ kept}} KL\big(N(m_i, s_i^2)\,\|\,N(\mu_i, S_i^2)\big) \quad\text{nats},
 
-where the prior is named as it was, one Normal for each entry, and the reduction is read off the posterior.  ``loc``,
+where the prior is named as it was, one Normal (or Laplace) law for each entry, and the reduction is read off the
+posterior.  ``loc``,
 ``scale``, draws and moments of pruned entries are exactly zero; the density with respect to the point is one there.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.distributions import Normal, constraints, kl_divergence, register_kl
+from torch.distributions import Laplace, Normal, constraints, kl_divergence, register_kl
 
 __all__ = ["PrunedNormal"]
 
@@ -71,10 +72,11 @@ class PrunedNormal(TorchDistribution):
         return torch.where(self.kept, inside, point)
 
 
-def _kl_pruned_normal_normal(p: PrunedNormal, q: Normal) -> Tensor:
+def _kl_of_kept(p: PrunedNormal, q: Normal | Laplace) -> Tensor:
     scale = torch.where(p.kept, p.scale, torch.ones_like(p.scale))
     value = kl_divergence(Normal(p.loc, scale, validate_args=False), q)
     return torch.where(p.kept, value, torch.zeros_like(value))
 
 
-register_kl(PrunedNormal, Normal)(_kl_pruned_normal_normal)
+register_kl(PrunedNormal, Normal)(_kl_of_kept)
+register_kl(PrunedNormal, Laplace)(_kl_of_kept)
