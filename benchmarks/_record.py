@@ -23,11 +23,11 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def write_result(name: str, rows: list[dict[str, Any]], *, seeds: list[int], notes: str) -> None:
-    """Write ``results/<name>.json`` and ``.md``; each row has what, value, target and whether it is met."""
-    record = {
+def describe_run(name: str, seeds: list[int], options: str = "") -> dict[str, Any]:
+    """Command, date, machine, versions and seeds of the run that is going on."""
+    return {
         "name": name,
-        "command": f"python -m benchmarks.{name}",
+        "command": f"python -m benchmarks.{name} {options}".rstrip(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "machine": {
             "cpu": describe_cpu(),
@@ -37,20 +37,27 @@ def write_result(name: str, rows: list[dict[str, Any]], *, seeds: list[int], not
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("torch", "pyro-ppl", "numpy", "scipy", "scikit-learn")},
         "seeds": seeds,
-        "notes": notes,
-        "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def print_run(record: Mapping[str, Any]) -> list[str]:
+    """The same as the closing lines of a Markdown file."""
     machine, versions = record["machine"], record["versions"]
-    lines = [f"# {name}", "", notes, "", "| what | value | target | met |", "|---|---|---|---|"]
-    lines += [f"| {row['what']} | {row['value']:.3g} {row['unit']} | {row['target']} | {row['met']} |" for row in rows]
-    lines += [
+    return [
         "",
-        f"`{record['command']}`, {record['date']}, seeds {seeds or 'none'};",
+        f"`{record['command']}`, {record['date']}, seeds {record['seeds'] or 'none'};",
         f"{machine['cpu']}, {machine['threads']} thread(s);",
         ", ".join(f"{package} {number}" for package, number in versions.items()) + ".",
     ]
-    text = "\n".join(lines) + "\n"
+
+
+def write_result(name: str, rows: list[dict[str, Any]], *, seeds: list[int], notes: str) -> None:
+    """Write ``results/<name>.json`` and ``.md``; each row has what, value, target and whether it is met."""
+    record = describe_run(name, seeds) | {"notes": notes, "rows": rows}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    lines = [f"# {name}", "", notes, "", "| what | value | target | met |", "|---|---|---|---|"]
+    lines += [f"| {row['what']} | {row['value']:.3g} {row['unit']} | {row['target']} | {row['met']} |" for row in rows]
+    text = "\n".join(lines + print_run(record)) + "\n"
     (RESULTS / f"{name}.md").write_text(text)
     print(text)

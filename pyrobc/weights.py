@@ -7,7 +7,8 @@ it is the change of prior to a point at zero (Savage--Dickey; Dickey 1971; Frist
 
 (with a Laplace prior of scale ``b``, :math:`\ln q(0) + \ln 2b`), and the posterior log odds of "zero" are :math:`L =
 \Delta F + \ln\frac{\pi}{1-\pi}`.  :math:`\pi` is the prior probability that a weight is zero, learned for each tensor
-(Beta--Bernoulli, ``bmr.learn_inclusion``).  A row's or a kernel's :math:`\Delta F` is the sum over its weights, as the guide factorises.  Where the fit was tempered,
+(Beta--Bernoulli, ``bmr.learn_inclusion``).  A row's or a kernel's :math:`\Delta F` is the sum over its weights, as the
+guide factorises.  Where the fit was tempered,
 :math:`-T\,\mathrm{ELBO}` was minimised with ``T`` on the KL, so :math:`T\,m^2/2s^2` is the second-order rise of the
 negative log likelihood.
 
