@@ -72,6 +72,7 @@ class NormalFactor(Factor):
         self.max_scale = max_scale
         self.register_buffer("kept", torch.ones_like(loc, dtype=torch.bool))
         self.is_whole = True
+        self._found: tuple[Tensor, int, Tensor] | None = None
         self.register_load_state_dict_post_hook(_note_pruned)
 
     def mean(self) -> Tensor:
@@ -84,8 +85,14 @@ class NormalFactor(Factor):
         if self.is_whole:
             whole: Distribution = dist.Normal(loc, scale, validate_args=False).to_event(loc.dim())
             return whole
-        law: Distribution = PrunedNormal(loc, scale, self.kept, validate_args=False).to_event(loc.dim())
+        law: Distribution = PrunedNormal(loc, scale, self.kept, False, self._index()).to_event(loc.dim())
         return law
+
+    def _index(self) -> Tensor:
+        """Positions of kept entries, found once for each mask."""
+        if self._found is None or self._found[0] is not self.kept or self._found[1] != self.kept._version:
+            self._found = self.kept, self.kept._version, self.kept.flatten().nonzero().squeeze(1)
+        return self._found[2]
 
     def keep_(self, kept: Tensor) -> None:
         """Delete the entries that are not in ``kept``, boolean, for good."""

@@ -33,16 +33,30 @@ class PrunedNormal(TorchDistribution):
         loc: means, any shape.
         scale: standard deviations, same shape, positive where kept.
         kept: which entries are left, boolean, same shape.
+        validate_args: as for every distribution.
+        index: positions of kept entries in the flattened tensor, if known.
     """
 
     arg_constraints = {"loc": constraints.real, "scale": constraints.nonnegative}
     support = constraints.real
     has_rsample = True
 
-    def __init__(self, loc: Tensor, scale: Tensor, kept: Tensor, validate_args: bool | None = None) -> None:
-        self.kept = kept
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        kept: Tensor,
+        validate_args: bool | None = None,
+        index: Tensor | None = None,
+    ) -> None:
+        self.kept, self._index = kept, index
         self.loc, self.scale = loc * kept, scale * kept
         super().__init__(loc.shape, validate_args=validate_args)
+
+    @property
+    def index(self) -> Tensor:
+        """Positions of kept entries in the flattened tensor."""
+        return self.kept.reshape(-1).nonzero().squeeze(1) if self._index is None else self._index
 
     @property
     def mean(self) -> Tensor:

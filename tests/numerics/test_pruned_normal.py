@@ -7,15 +7,23 @@ import torch
 from pyro import distributions as dist
 from scipy import integrate
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Laplace, Normal, kl_divergence
 
 from pyrobc.dists import PrunedNormal
 from pyrobc.dists.normal_kl import sum_kl
 from pyrobc.family import normal_prior
 
+
+def laplace_prior(like: Tensor, loc: float, scale: float) -> dist.Laplace:
+    return dist.Laplace(like.new_tensor(loc), like.new_tensor(scale)).expand(like.shape).to_event(like.dim())
+
+
 LOC = torch.tensor([[0.3, -1.2, 0.7], [2.0, 0.0, -0.4]], dtype=torch.float64)
 SCALE = torch.tensor([[0.2, 0.5, 1.5], [0.1, 2.0, 0.3]], dtype=torch.float64)
 KEPT = torch.tensor([[True, False, True], [False, True, True]])
+
+
+PRIORS = {"normal": normal_prior((2, 3), 0.8, LOC, loc=0.25), "laplace": laplace_prior(LOC, 0.25, 0.8)}
 
 
 def law(dtype: torch.dtype = torch.float64) -> PrunedNormal:
@@ -50,8 +58,9 @@ def test_expanding_repeats_the_law() -> None:
     assert torch.equal(wide.mean[2], law().mean) and not bool(wide.sample()[:, ~KEPT].any())
 
 
-def test_divergence_is_the_integral_where_kept_and_zero_elsewhere() -> None:
-    p = Normal(torch.full_like(LOC, 0.5), torch.full_like(SCALE, 1.3))
+@pytest.mark.parametrize("kind", [Normal, Laplace])
+def test_divergence_is_the_integral_where_kept_and_zero_elsewhere(kind: type[Normal] | type[Laplace]) -> None:
+    p = kind(torch.full_like(LOC, 0.5), torch.full_like(SCALE, 1.3))
     got = kl_divergence(law(), p)
     for i in range(2):
         for j in range(3):
@@ -66,7 +75,7 @@ def test_divergence_is_the_integral_where_kept_and_zero_elsewhere() -> None:
                 log_q, log_p = float(q.log_prob(at)), float(p.log_prob(at)[i, j])
                 return math.exp(log_q) * (log_q - log_p)
 
-            exact, _ = integrate.quad(gap, middle - width, middle + width, points=[middle], epsabs=1e-11)
+            exact, _ = integrate.quad(gap, middle - width, middle + width, points=[middle, 0.5], epsabs=1e-11)
             assert float(got[i, j]) == pytest.approx(exact, abs=1e-8)
 
 
@@ -92,13 +101,15 @@ def test_gradients_are_finite_and_stop_at_what_is_pruned() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("pruned", [False, True])
-def test_the_sum_in_one_pass_is_the_sum_of_the_registered_divergence(pruned: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", PRIORS)
+def test_the_sum_in_one_pass_is_that_of_the_registered_divergence(kind: str, pruned: bool, dtype: torch.dtype) -> None:
     values, gradients = [], []
     for is_fast in (True, False):
         loc, log_scale = (part.to(dtype).clone().requires_grad_() for part in (LOC, SCALE.log()))
         scale = log_scale.exp()
         q = PrunedNormal(loc, scale, KEPT) if pruned else dist.Normal(loc, scale)
-        prior = normal_prior((2, 3), 0.8, loc, loc=0.25)
+        like = LOC.to(dtype)
+        prior = normal_prior((2, 3), 0.8, like, loc=0.25) if kind == "normal" else laplace_prior(like, 0.25, 0.8)
         value = sum_kl(q.to_event(2), prior) if is_fast else kl_divergence(q.to_event(2), prior)
         (3.0 * value).backward()
         assert value.dtype == dtype and value.shape == ()
@@ -110,8 +121,9 @@ def test_the_sum_in_one_pass_is_the_sum_of_the_registered_divergence(pruned: boo
 
 
 @pytest.mark.parametrize("pruned", [False, True])
-def test_its_gradient_is_that_of_finite_differences(pruned: bool) -> None:
-    prior = normal_prior((2, 3), 0.8, LOC, loc=0.25)
+@pytest.mark.parametrize("kind", PRIORS)
+def test_its_gradient_is_that_of_finite_differences(kind: str, pruned: bool) -> None:
+    prior = PRIORS[kind]
 
     def divergence(loc: Tensor, scale: Tensor) -> Tensor:
         return sum_kl(PrunedNormal(loc, scale, KEPT) if pruned else Normal(loc, scale), prior)

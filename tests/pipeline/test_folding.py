@@ -142,20 +142,23 @@ def test_point_weights_cannot_be_folded() -> None:
         fold_scales(posterior)
 
 
-def test_the_prior_is_the_one_with_the_largest_elbo() -> None:
+@pytest.mark.parametrize("law", ["normal", "laplace"])
+def test_the_prior_is_the_one_with_the_largest_elbo(law: Any) -> None:
     posterior = fold_scales(some_posterior(Residual(), (1, 6, 6), "group_normal_jeffreys"))
     sites = posterior.guide.by_site()
     factor = sites["inner.weight"]
     assert isinstance(factor, NormalFactor)
     factor.keep_(torch.rand_like(factor.loc) < 0.4)
-    family = refit_prior(posterior).model.family
+    family = refit_prior(posterior, law).model.family
     laws, shape = posterior.laws(), {n: p.shape for n, p in posterior.model.spec.parameters.items()}
     for name in ("inner.weight", "norm.weight", "last.bias"):
         fitted = family.prior_scales[name]
 
         def divergence(log_scale: float, name: str = name) -> float:
             center = 1.0 if name == "norm.weight" else 0.0
-            prior = torch.distributions.Normal(torch.full(shape[name], center), math.exp(log_scale))
+            kind = torch.distributions.Laplace if (law, center) == ("laplace", 0.0) else torch.distributions.Normal
+            prior = kind(torch.full(shape[name], center), math.exp(log_scale))
+            assert type(posterior.model.priors()[name].base_dist).__name__ == kind.__name__
             return float(kl_divergence(laws[name].base_dist, prior).detach().double().sum())
 
         best = minimize_scalar(divergence, bracket=(-3.0, 0.0), tol=1e-10)
@@ -164,6 +167,13 @@ def test_the_prior_is_the_one_with_the_largest_elbo() -> None:
     assert family.prior_scales.keys() == posterior.model.spec.parameters.keys()
     again = fold_scales(posterior)
     assert again is posterior, "what is folded gets its prior fitted again"
+
+
+def test_a_law_that_is_not_offered_is_refused() -> None:
+    posterior = fold_scales(some_posterior(build(6, (7, 5), 3), (6,), "group_normal_jeffreys"))
+    with pytest.raises(FamilyError, match="'lapalce'; allowed: normal, laplace"):
+        refit_prior(posterior, "lapalce")  # type: ignore[arg-type]
+    assert posterior.model.family.law == "normal"
 
 
 def test_a_prior_of_a_tensor_without_weights_is_one() -> None:

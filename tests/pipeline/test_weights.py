@@ -184,14 +184,16 @@ def test_fast_and_traced_losses_agree_where_weights_are_deleted(temperature: flo
             assert bool(parameter.grad.isfinite().all()) and not bool(parameter.grad[~factor.kept].any())
 
 
-def test_scores_are_log_densities_at_zero_posterior_minus_prior() -> None:
-    posterior = half_pruned()
+@pytest.mark.parametrize("law", ["normal", "laplace"])
+def test_scores_are_log_densities_at_zero_posterior_minus_prior(law: Any) -> None:
+    posterior = refit_prior(half_pruned(), law)
     scores, laws, priors = score_weights(posterior), posterior.laws(), posterior.model.priors()
     assert scores.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
     for name, factor in factors_of(posterior).items():
         zero = torch.zeros(factor.loc.shape, dtype=torch.float64)
         q = torch.distributions.Normal(factor.loc.detach().double(), factor.log_scale.detach().double().exp())
-        p = torch.distributions.Normal(zero, priors[name].base_dist.scale.double())
+        kind = torch.distributions.Laplace if law == "laplace" else torch.distributions.Normal
+        p = kind(zero, priors[name].base_dist.scale.double())
         expected = q.log_prob(zero) - p.log_prob(zero)
         assert scores[name].dtype == torch.float64
         torch.testing.assert_close(scores[name][factor.kept], expected[factor.kept], rtol=1e-6, atol=1e-6)

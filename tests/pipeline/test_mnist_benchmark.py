@@ -1,0 +1,53 @@
+"""The MNIST benchmark goes through from IDX files to its tables, on digits that are no MNIST."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="the benchmarks are not installed")
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    header = bytes([0, 0, 8, values.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in values.shape)
+    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes(), compresslevel=1))
+
+
+def write_digits(folder: Path) -> None:
+    """scikit-learn's digits, blown up to 28 x 28, as MNIST's four files."""
+    data = load_digits()
+    images = np.kron(data.images * 15.9, np.ones((1, 3, 3))).astype(np.uint8)
+    images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+    for part, repeats in (("train", 4), ("t10k", 1)):
+        rows = np.tile(np.arange(len(images)), repeats)
+        write_idx(folder / f"{part}-images-idx3-ubyte.gz", images[rows])
+        write_idx(folder / f"{part}-labels-idx1-ubyte.gz", data.target[rows])
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.mnist_compression", "--smoke", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+
+
+@pytest.mark.slow
+def test_the_smoke_run_writes_tables_and_does_not_train_twice(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    write_digits(tmp_path)
+    options = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--seeds", "0", "--networks", "lenet_300_100"]
+    first = run(*options)
+    assert first.returncode == 0, first.stderr
+    record = json.loads((tmp_path / "runs" / "mnist_compression.json").read_text())
+    points = record["networks"]["lenet_300_100"]["points"]
+    assert {p["method"] for p in points} == {"group_normal_jeffreys", "group_horseshoe", "recipe"}
+    assert all(0 < p["bytes"] < 40_000 and 0 <= p["test_error"] <= 100 for p in points)
+    assert (tmp_path / "runs" / "mnist_compression.png").stat().st_size > 10_000
+    files = {f: f.stat().st_mtime_ns for f in (tmp_path / "runs").rglob("*.rbc")}
+    second = run(*options)
+    assert second.returncode == 0, second.stderr
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "runs").rglob("*.rbc")} == files
