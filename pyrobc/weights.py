@@ -18,12 +18,14 @@ removes some, fits again, and goes on.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pyrobc.bmr import learn_inclusion, reduce
-from pyrobc.errors import BudgetError
+from pyrobc.errors import BudgetError, ReductionError, suggest
 from pyrobc.folding import check_folded
 from pyrobc.meanfield import NormalFactor
 from pyrobc.posterior import Posterior
@@ -31,22 +33,38 @@ from pyrobc.posterior import Posterior
 __all__ = ["count_weights", "prune_weights", "score_weights"]
 
 
+Unit = Literal["weight", "row", "kernel"]
+
+
 @torch.no_grad()
-def score_weights(posterior: Posterior) -> dict[str, Tensor]:
-    """Log Bayes factor of deleting each weight and bias, nats, float64, by parameter; NaN where already deleted."""
+def score_weights(posterior: Posterior, per: Unit = "weight") -> dict[str, Tensor]:
+    """Log Bayes factor of deleting each weight and bias, nats, float64, by parameter; NaN where already deleted.
+
+    Args:
+        posterior: folded.
+        per: what is deleted together, and so shares its score: single weights, rows (all that one output reads) or
+            kernels (all positions between an input and an output channel; a single weight of a linear layer).
+    """
     family = check_folded(posterior)
+    if per not in get_args(Unit):
+        allowed = ", ".join(get_args(Unit))
+        raise ReductionError("unit of deletion", got=repr(per), allowed=allowed, fix=suggest(str(per), get_args(Unit)))
     scores = {}
     for name, factor in _normal_factors(posterior).items():
         q = dist.Normal(factor.mean().double(), factor.log_scale.double().exp())
         law = dist.Laplace if family.law == "laplace" else dist.Normal
         p = law(torch.zeros_like(q.loc), torch.full_like(q.loc, family.prior_scales[name]))
         delta_f = reduce(q, p, dist.Delta(torch.zeros_like(q.loc))).delta_f
+        inner = {"weight": delta_f.dim(), "row": 1, "kernel": 2}[per]  # the first axis that is deleted together
+        if inner < delta_f.dim():
+            total = torch.where(factor.kept, delta_f, 0.0).flatten(inner).sum(inner)
+            delta_f = total.reshape(*total.shape, *(1,) * (delta_f.dim() - inner)).expand_as(delta_f)
         scores[name] = torch.where(factor.kept, delta_f, torch.nan)
     return scores
 
 
 @torch.no_grad()
-def prune_weights(posterior: Posterior, keep: int | None = None) -> int:
+def prune_weights(posterior: Posterior, keep: int | None = None, per: Unit = "weight") -> int:
     """Delete weights of ``posterior``, in place; returns how many.
 
     Args:
@@ -54,10 +72,19 @@ def prune_weights(posterior: Posterior, keep: int | None = None) -> int:
         keep: weights and biases to leave, those with the most evidence against deletion (of equal ones the last);
             None deletes what has posterior odds above one.  NaN and infinite scores are never deleted, even if more
             are left then.
+        per: see ``score_weights``; with a number to keep, single weights only.
     """
-    scores, factors = score_weights(posterior), _normal_factors(posterior)
+    if keep is not None and per != "weight":
+        raise ReductionError(
+            "unit of deletion", got=f"{per!r} with keep={keep}", allowed="'weight', or no number to keep",
+            fix="leave keep out: rows and kernels leave by their posterior odds",
+        )  # fmt: skip
+    scores, factors = score_weights(posterior, per), _normal_factors(posterior)
     if keep is None:
-        odds = {n: s + _learned_odds(s[factors[n].kept]) for n, s in scores.items()}
+        odds = {
+            n: s + _learned_odds(s[factors[n].kept].unique() if per != "weight" else s[factors[n].kept])
+            for n, s in scores.items()
+        }
         gone = {n: (value > 0) & value.isfinite() for n, value in odds.items()}
     else:
         gone = _find_least(scores, _count_excess(factors, scores, keep))

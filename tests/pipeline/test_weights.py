@@ -15,7 +15,7 @@ from pyrobc.fit import fit
 from pyrobc.folding import FoldedFamily, fold_scales, refit_prior
 from pyrobc.gridding import move_to_grid
 from pyrobc.lift import LiftedModel, lift
-from pyrobc.meanfield import NormalFactor
+from pyrobc.meanfield import MeanFieldGuide, NormalFactor
 from pyrobc.models.regression import LinearRegression
 from pyrobc.objective import fast_loss, traced_loss
 from pyrobc.posterior import Posterior
@@ -67,6 +67,17 @@ def with_weights(loc: Tensor, scale: Tensor, prior_scale: float) -> Posterior:
         factor.loc.copy_(loc)
         factor.log_scale.copy_(scale.log())
     return Posterior(model, guide, num_data=10)
+
+
+def convolutional() -> tuple[Any, MeanFieldGuide]:
+    """A convolution and a linear layer under group scales, spread out."""
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))
+    model = lift(net, "group_normal_jeffreys", "categorical", torch.randn(1, 2, 6, 6))
+    guide = model.new_guide()
+    with torch.no_grad():
+        for key, parameter in guide.named_parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter) + (2.0 if key.endswith("log_scale") else 0.0))
+    return model, guide
 
 
 def test_deleted_weights_stay_deleted_through_optimiser_steps() -> None:
@@ -249,7 +260,7 @@ def test_undefined_and_infinite_scores_never_prune(monkeypatch: pytest.MonkeyPat
     values = torch.tensor([[math.nan, math.inf, -math.inf, 3.0, 2.0, -1.0]]).double()
     for keep, deleted in ((5, [3]), (4, [3, 4]), (1, [3, 4, 5]), (None, [3, 4])):
         posterior = with_weights(torch.ones(1, 6), torch.ones(1, 6), 1.0)
-        monkeypatch.setattr("pyrobc.weights.score_weights", lambda _: {"weight": values})
+        monkeypatch.setattr("pyrobc.weights.score_weights", lambda *_: {"weight": values})
         assert prune_weights(posterior, keep) == len(deleted)
         assert (~factors_of(posterior)["weight"].kept[0]).nonzero().flatten().tolist() == deleted
 
@@ -299,3 +310,34 @@ def test_the_prior_is_that_of_what_is_left() -> None:
     power = factor.loc.detach().square() + (2 * factor.log_scale.detach()).exp()
     refit_prior(posterior)
     assert posterior.model.family.prior_scales["0.weight"] == pytest.approx(float(power[factor.kept].mean().sqrt()))
+
+
+@pytest.mark.parametrize("per", ["row", "kernel"])
+def test_what_is_deleted_together_shares_the_sum_of_its_scores(per: Any) -> None:
+    posterior = fold_scales(Posterior(*convolutional(), num_data=10))
+    for factor in factors_of(posterior).values():
+        factor.keep_(torch.rand_like(factor.loc) < 0.7)
+    single, together = score_weights(posterior), score_weights(posterior, per)
+    axis = 1 if per == "row" else 2
+    for name, value in together.items():
+        kept = factors_of(posterior)[name].kept
+        assert torch.equal(value.isnan(), ~kept)
+        if value.dim() > axis:
+            total = single[name].nan_to_num(0.0).flatten(axis).sum(axis)
+            shared = total.reshape(*total.shape, *(1,) * (value.dim() - axis)).expand_as(value)
+            torch.testing.assert_close(value[kept], shared[kept])
+        else:
+            torch.testing.assert_close(value[kept], single[name][kept])
+    prune_weights(posterior, per=per)
+    weight = factors_of(posterior)["0.weight"].kept
+    lines = weight.flatten(axis)
+    before = ~together["0.weight"].isnan()
+    is_whole = (lines == before.flatten(axis)).all(axis) | ~lines.any(axis)
+    assert bool(is_whole.all()), "a row or kernel leaves whole or not at all"
+
+
+def test_units_of_deletion_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ReductionError, match="'colunm'; allowed: weight, row, kernel"):
+        score_weights(half_pruned(), "colunm")  # type: ignore[arg-type]
+    with pytest.raises(ReductionError, match="leave keep out"):
+        prune_weights(half_pruned(), 5, "row")
