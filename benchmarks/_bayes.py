@@ -54,13 +54,14 @@ class Road:
     drop: float = 0.2
     lr: float = 4e-3
     first: tuple[int, int, int] = (10, 4, 8)
-    later: tuple[int, int, int] = (2, 5, 5)
+    later: tuple[int, int, int] = (2, 8, 6)
     settle_epochs: int = 12
-    settle_lr: float = 2e-3
+    settle_lr: float = 3e-3
     settle_temperature: float = 1.0
     grid_epochs: int = 16
-    grid_lr: float = 5e-4
+    grid_lr: float = 7e-4
     batch_size: int = 128
+    settle_batch_size: int = 256
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def compress_bayesian(
     watch: Callable[[str, Posterior], None] = lambda name, posterior: None,
 ) -> Iterator[Stop]:
     """Networks from the largest to the smallest; ``folder`` holds checkpoints, ``skip`` names stops not to repeat."""
-    plain = TensorLoader(*train, batch_size=road.batch_size)
-    noisy = DroppedRows(train, road.drop, road.batch_size) if road.drop else plain
+    plain = TensorLoader(*train, batch_size=road.settle_batch_size)
+    noisy = DroppedRows(train, road.drop, road.batch_size)
     posterior = _fit_groups(net, train, noisy, family, road, seed, folder)
     for number, level in enumerate(road.levels):
         shared: dict[str, Any] = {"seed": 1000 * seed + number, "temperature": road.temperature, "progress": False}

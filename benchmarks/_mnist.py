@@ -67,6 +67,7 @@ class DroppedRows:
 
     def __init__(self, rows: Rows, rate: float, batch_size: int = 128) -> None:
         self.inputs, self.targets = rows
+        self.rate = rate
         self.batch_size, self.dataset = batch_size, range(len(rows[1]))
         noise = torch.rand(_POOL, generator=torch.Generator().manual_seed(1))
         self.pool = (noise >= rate).float() / (1 - rate)
@@ -77,5 +78,8 @@ class DroppedRows:
     def __iter__(self) -> Iterator[Rows]:
         for index in torch.randperm(len(self.targets)).split(self.batch_size):
             x = self.inputs[index]
+            if not self.rate:
+                yield x, self.targets[index]
+                continue
             start = int(torch.randint(_POOL - x.numel(), ()))
             yield x * self.pool[start : start + x.numel()].view_as(x), self.targets[index]

@@ -43,6 +43,7 @@ ROADS = {
     "lenet_5_caffe": Road(
         levels=(2500, 1700, 1200, 850, 600), coarseness=(2.0,), drop=0.0, max_scale=0.5, lr=2e-3, group_temperature=4.0,
         group_epochs=4, budget=15_000, first=(3, 4, 4), later=(2, 3, 3), settle_epochs=8, grid_epochs=10,
+        settle_batch_size=128, settle_lr=2e-3, grid_lr=5e-4,
     ),
 }  # fmt: skip
 RECIPES: dict[str, tuple[tuple[float, ...], Settings]] = {
