@@ -90,7 +90,8 @@ def sparsify(
     history: list[dict[str, float]] = []
 
     def refit(number: int, length: int, **more: Any) -> Posterior:
-        file = None if checkpoint is None else Path(checkpoint) / f"round_{number}.pt"
+        name = f"{start}_to_{keep or 'odds'}_{number}_of_{rounds}.pt"  # a run of another number never resumes from it
+        file = None if checkpoint is None else Path(checkpoint) / name
         more["seed"] = int(
             np.random.SeedSequence((seed, number)).generate_state(1)[0]
         )  # no round repeats another's noise

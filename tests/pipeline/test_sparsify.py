@@ -108,6 +108,17 @@ def test_a_killed_run_resumes_to_the_same_bits(start: Posterior, data: tuple[Ten
         assert resumed.model.family.prior_scales == whole.model.family.prior_scales
 
 
+def test_a_folder_of_a_run_with_another_number_is_not_resumed_from(
+    start: Posterior, data: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    def run(keep: int, folder: Path | None) -> Posterior:
+        return sparsify(start, data, keep=keep, rounds=2, epochs=1, checkpoint=folder, **SETTINGS)
+
+    run(30, tmp_path)
+    fresh, beside = bits(run(20, None)), bits(run(20, tmp_path))
+    assert all(torch.equal(fresh[n], beside[n]) for n in fresh)
+
+
 def test_nothing_is_done_where_enough_have_left(start: Posterior, data: tuple[Tensor, Tensor]) -> None:
     rows: list[WeightCount] = []
     small = sparsify(start, data, keep=10_000, rounds=2, epochs=1, on_round=rows.append, **SETTINGS)
