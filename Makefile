@@ -15,6 +15,7 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c "$(CAN_BUILD)" >/dev/null 2>
 
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+DATA ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -54,9 +55,13 @@ format: $(STAMP)  ## let ruff put the code in order
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(STAMP)  ## run every benchmark; results go to benchmarks/results
+bench: $(STAMP)  ## run every benchmark; results go to benchmarks/results (MNIST's with DATA=folder, hours)
 	@set -e; for file in benchmarks/[!_]*.py; do \
-	  name=$$(basename $$file .py); echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
+	  name=$$(basename $$file .py); options=; \
+	  if [ $$name = mnist_compression ]; then \
+	    if [ -z "$(DATA)" ]; then echo "benchmarks.$$name: left out, it needs make bench DATA=folder"; continue; fi; \
+	    options="--data $(DATA)"; fi; \
+	  echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name $$options; done
 
 clean:  ## remove build outputs and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
