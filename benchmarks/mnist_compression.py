@@ -41,9 +41,8 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
 ROADS = {
     "lenet_300_100": Road(levels=(5000, 3400, 2400, 1700, 1200), coarseness=(2.0,)),
     "lenet_5_caffe": Road(
-        levels=(2500, 1700, 1200, 850, 600), coarseness=(2.0,), drop=0.0, max_scale=0.5, lr=2e-3, group_temperature=4.0,
-        group_epochs=4, budget=15_000, first=(3, 4, 4), later=(2, 3, 3), settle_epochs=8, grid_epochs=10,
-        settle_batch_size=128, settle_lr=2e-3, grid_lr=5e-4,
+        levels=(2500, 1300), coarseness=(2.0,), drop=0.0, max_scale=0.5, lr=2e-3, group_temperature=4.0,
+        group_epochs=4, budget=15_000, first=(3, 4, 4), later=(1, 6, 3), settle_epochs=6, grid_epochs=8,
     ),
 }  # fmt: skip
 RECIPES: dict[str, tuple[tuple[float, ...], Settings]] = {
