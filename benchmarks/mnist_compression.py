@@ -39,9 +39,9 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "lenet_5_caffe": (lenet_5_caffe, (1, 28, 28)),
 }
 ROADS = {
-    "lenet_300_100": Road(levels=(5000, 3400, 2400, 1700, 1200), coarseness=(2.0,)),
+    "lenet_300_100": Road(levels=(5000, 3400, 2400, 1700, 1200), coarseness=(2.0, 3.5)),
     "lenet_5_caffe": Road(
-        levels=(2500, 1300), coarseness=(2.0,), drop=0.0, max_scale=0.5, lr=2e-3, group_temperature=4.0,
+        levels=(2500, 1300), coarseness=(2.0, 4.0), drop=0.0, max_scale=0.5, lr=2e-3, group_temperature=4.0,
         group_epochs=4, budget=15_000, first=(3, 4, 4), later=(1, 6, 3), settle_epochs=6, grid_epochs=8,
     ),
 }  # fmt: skip

@@ -18,6 +18,9 @@ hypothesis.settings.register_profile("same", deadline=None, derandomize=True, pr
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
+# The networks are tiny: a second thread gains nothing on an idle machine and takes minutes on a busy one.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def known_start() -> Iterator[None]:
