@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,17 @@ from pyrobc.dependency import describe_inputs, first_tensor
 from pyrobc.errors import DataError
 from pyrobc.slicing import call_network
 
-__all__ = ["TensorLoader", "as_loader", "check_batch", "check_rows", "count_rows", "move", "repeatable", "seeded"]
+__all__ = [
+    "TensorLoader",
+    "as_loader",
+    "check_batch",
+    "check_rows",
+    "count_batches",
+    "count_rows",
+    "move",
+    "repeatable",
+    "seeded",
+]
 
 
 class TensorLoader:
@@ -73,6 +84,14 @@ def count_rows(loader: Any) -> int:
     if rows == 0:
         raise DataError("data", got="no rows", allowed="at least one row", fix="check the path and the split")
     return rows
+
+
+def count_batches(loader: Any) -> float:
+    """Batches of one pass, infinity where the loader cannot tell before (a stream)."""
+    try:
+        return max(1, len(loader))
+    except TypeError:
+        return math.inf
 
 
 def move(value: Any, anchor: Tensor) -> Any:

@@ -7,7 +7,7 @@ draws from torch, numpy or Python (or has a generator of its own) repeats itself
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrobc._version import __version__
-from pyrobc.batches import as_loader, check_batch, count_rows, move, repeatable
+from pyrobc.batches import as_loader, check_batch, count_batches, count_rows, move, repeatable
 from pyrobc.checkpoint import read_checkpoint, write_checkpoint
 from pyrobc.dists import interval_log_mass
 from pyrobc.errors import CheckpointError, FitError, check_kind
@@ -229,7 +229,7 @@ def _train_epoch(
     model, is_first = run.model, not run.has_checked_data
     model.train()
     total, batches = 0.0, 0
-    length = max(1, len(loader)) if isinstance(loader, Sized) else math.inf
+    length = count_batches(loader)
     with repeatable(loader, seed, run.epoch):
         for batch in loader:
             inputs, targets = move(batch[0], model.anchor), move(batch[1], model.anchor)

@@ -130,7 +130,7 @@ def test_gradients_pass_the_rounding_and_reach_the_step_exactly() -> None:
 def test_steps_learn_slowly() -> None:
     factor = GridFactor(NormalFactor(torch.randn(4), -1.0), 0.25)
     rates = factor.parameters_by_rate()
-    assert sorted(rates) == [0.1, 1.0] and rates[0.1] == [factor.log_step]
+    assert sorted(rates) == [0.06, 1.0] and rates[0.06] == [factor.log_step]
     assert {id(p) for group in rates.values() for p in group} == {id(p) for p in factor.parameters()}
 
 
