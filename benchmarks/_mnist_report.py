@@ -186,7 +186,7 @@ def pick(means: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def interpolate(means: Sequence[dict[str, Any]], error: float) -> float | None:
-    """Bytes at a test error on the lower convex hull of (error, log bytes), None outside."""
+    """Bytes at a test error at most, on the lower convex hull of (error, log bytes); None where none is as good."""
     hull: list[tuple[float, float]] = []
     for point in sorted((m["test_error"], math.log(m["bytes"])) for m in means):
         while len(hull) > 1 and _turns_up(hull[-2], hull[-1], point):
@@ -197,6 +197,8 @@ def interpolate(means: Sequence[dict[str, Any]], error: float) -> float | None:
     for (e0, b0), (e1, b1) in itertools.pairwise(hull):
         if e0 <= error <= e1:
             return math.exp(b0 + (b1 - b0) * (error - e0) / (e1 - e0)) if e1 > e0 else math.exp(min(b0, b1))
+    if hull and error >= hull[-1][0]:
+        return math.exp(hull[-1][1])
     return None
 
 
