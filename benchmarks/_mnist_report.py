@@ -53,7 +53,7 @@ ERRORS = {"lenet_300_100": (1.5, 1.6, 1.7, 1.8, 2.0, 2.5, 3.0), "lenet_5_caffe":
 INTRODUCTION = (
     "Real bytes of files that decode to the network, against test error.  The Bayesian families start from the same "
     "dense networks, the recipe trains its own under its penalties; all use the same coder.  Settings were chosen on "
-    "5,000 validation rows; the test rows were read once, by the command below, after all networks were on disk.  "
+    "5,000 validation rows; the test rows were read only by the command below, after all networks were on disk.  "
     "Ratios are against float32 dense parameters.  At equal error, bytes are interpolated on the lower convex hull of "
     "each method's points.  Pruning is the published column: dense weights over those of the smaller dense layers.  "
     "Seconds are from one stop to the next on one thread of a shared machine, those of a resumed run its last part."

@@ -17,7 +17,7 @@ grows with :math:`|w|`, as its code does,
 .. math:: KL(N(m, s^2)\,\|\,\text{Laplace}(b)) = \ln 2b + E|w|/b - \tfrac12\ln(2\pi e s^2), \quad
     E|w| = s\sqrt{2/\pi}\,e^{-m^2/2s^2} + m\,\mathrm{erf}(m/s\sqrt2).
 
-The deployed network is the same to the last bit of arithmetic; what is lost is that weights of a group shared the noise
+The deployed network is the same up to rounding; what is lost is that weights of a group shared the noise
 of their scale.  What is won: each weight's own change of prior is exact under the guide, and a step costs no draws of
 scales.
 """
@@ -78,7 +78,7 @@ class FoldedFamily(Family, is_registered=False):
     def guide(self, spec: GroupSpec, start: Mapping[str, Tensor]) -> MeanFieldGuide:
         """Normals at the network's parameters, a tenth of the prior wide."""
         scales = {n: max(0.1 * self.prior_scales[n], _SMALLEST_SCALE) for n in spec.parameters}
-        return MeanFieldGuide({n: NormalFactor(start[n], _log(scales[n])) for n in spec.parameters})
+        return MeanFieldGuide({n: NormalFactor(start[n], math.log(scales[n])) for n in spec.parameters})
 
     def combine(self, values: Mapping[str, Tensor], spec: GroupSpec) -> Effective:
         """Weights as they are; every multiplier is one."""
@@ -229,7 +229,3 @@ def _fit_scale(factor: nn.Module, kind: str, law: PriorLaw = "normal") -> float:
     center = 1.0 if kind == "scale" else 0.0
     power = (factor.mean() - center).square() + (2 * factor.log_scale).exp()
     return max(float(power[factor.kept].double().mean().sqrt()), _SMALLEST_SCALE)
-
-
-def _log(value: float) -> float:
-    return float(torch.tensor(value).log())

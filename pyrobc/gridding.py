@@ -32,8 +32,6 @@ __all__ = ["GridFactor", "move_to_grid", "read_steps"]
 
 _STEP_LR = 0.06
 """Learning rate of a step, in units of that of a weight: it sums the gradients of hundreds."""
-
-
 _DEAD_ZONE = 0.2
 """How much further out than half way thresholds lie, in steps."""
 
@@ -87,17 +85,17 @@ def move_to_grid(posterior: Posterior, coarseness: float, bias_coarseness: float
             fix="pass 2.0, and less for a finer grid",
         )  # fmt: skip
     check_folded(posterior)
+    moved = posterior.copy()
     factors: dict[str, Factor] = {}
-    for site, factor in posterior.guide.by_site().items():
-        info = posterior.model.spec.parameters.get(site)
+    for site, factor in moved.guide.by_site().items():
+        info = moved.model.spec.parameters.get(site)
         if info is not None and info.kind in ("weight", "bias") and isinstance(factor, NormalFactor):
             width = _typical_width(factor)
             step = (biases if info.kind == "bias" else coarseness) * width
             factor = GridFactor(factor, step)
         factors[site] = factor
-    moved = posterior.copy()
     moved.guide = MeanFieldGuide(factors)
-    return moved.copy()
+    return moved
 
 
 @torch.no_grad()
