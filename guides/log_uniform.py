@@ -20,9 +20,17 @@ Reduced priors of a gate:
 
 * ``rope``: the prior restricted to ``theta < threshold``; :math:`\Delta F = \ln Q - \ln P` of that event;
 * ``spike``: all mass at :math:`e^{a}`; :math:`\Delta F = \ln q_x(a)(b-a)`, the limit of BMRS_N as its width goes to 0;
-* ``uniform8``, ``uniform4``: log-uniform on :math:`[2^{-23}, 2^{-8}]`, :math:`[2^{-23}, 2^{-4}]` (BMRS_U).
-  As published, gates below :math:`2^{-23}` lie outside and count as needed; and with implied prior odds a decision asks
-  for :math:`Q > 1/2`, not for the published :math:`Q \ge P`.
+* ``uniform8``, ``uniform4``: log-uniform on :math:`[2^{-23}, 2^{-8}]`, :math:`[2^{-23}, 2^{-4}]` (BMRS_U).  As
+  published, gates below :math:`2^{-23}` lie outside and count as needed; ``below8`` and ``below4`` count them in.  The
+  published rule :math:`Q \ge P` is ``prior_odds="none"``; implied prior odds ask for :math:`Q > 1/2`.
+
+The released code of BMRS leaves :math:`2\pi` out of the spike's :math:`\Delta F` and so prunes from
+:math:`-\tfrac12\ln 2\pi = -0.919` nats up: it decides as if every group were needless with prior odds
+:math:`\sqrt{2\pi} : 1`, which ``prior_odds=RELEASED_PROBABILITY`` repeats.  It also weighs the KL otherwise: it adds to
+the mean negative log likelihood a row the mean over blocks of the mean KL over groups, where the ELBO divides the sum
+by the number of rows N.  With L blocks that is a weight of :math:`N / (L n_b)` on the gates of a block of
+:math:`n_b` groups: ``kl_scale="mean"``.  Scores are then Bayes factors of a tempered likelihood, and depend on how many
+groups a block has.
 
 It is *not* variational dropout (whose improper log-uniform prior has no Bayes factor), nor a spike-and-slab: gates
 shrink, and the decision to remove one is taken afterwards.
@@ -36,7 +44,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -61,7 +69,10 @@ from pyrobc.family import (
 from pyrobc.groups import GroupSpec
 from pyrobc.meanfield import Factor, MeanFieldGuide, PointFactor
 
-__all__ = ["LogUniform"]
+__all__ = ["RELEASED_PROBABILITY", "LogUniform"]
+
+RELEASED_PROBABILITY = math.sqrt(2 * math.pi) / (1 + math.sqrt(2 * math.pi))
+"""Prior probability of the spike with which posterior odds decide as the released code of BMRS does."""
 
 
 class GateFactor(Factor):
@@ -98,6 +109,7 @@ class LogUniform(Family):
         initial_log_scale: where the gates' log standard deviation starts.
         gate_lr: multiplier of the learning rate for gates.
         num_draws: noise draws per minibatch, each for an equal run of examples; 0 draws one per example.
+        kl_scale: ``elbo``, or ``mean`` for the weights of the released code of BMRS.
     """
 
     name = "log_uniform"
@@ -127,16 +139,18 @@ class LogUniform(Family):
         initial_log_scale: float = -5.0,
         gate_lr: float = 1.0,
         num_draws: int = 0,
+        kl_scale: Literal["elbo", "mean"] = "elbo",
     ) -> None:
-        if not low < high or weight_scale <= 0:
+        if not low < high or weight_scale <= 0 or kl_scale not in ("elbo", "mean"):
             raise FamilyError(
                 f"family {self.name!r}",
-                got=f"low={low}, high={high}, weight_scale={weight_scale}",
-                allowed="low < high and weight_scale > 0",
+                got=f"low={low}, high={high}, weight_scale={weight_scale}, kl_scale={kl_scale!r}",
+                allowed="low < high, weight_scale > 0, and kl_scale 'elbo' or 'mean'",
                 fix="the published support is low=-20, high=0",
             )
         self.low, self.high, self.weight_scale = low, high, weight_scale
-        self.initial_log_scale, self.gate_lr, self.num_draws = initial_log_scale, gate_lr, num_draws
+        self.initial_log_scale, self.gate_lr = initial_log_scale, gate_lr
+        self.num_draws, self.kl_scale = num_draws, kl_scale
 
     def prior(self, spec: GroupSpec, like: Tensor) -> dict[str, Distribution]:
         """Log-uniform gates, Normal parameters."""
@@ -197,22 +211,36 @@ class LogUniform(Family):
         def rope(threshold: Tensor) -> tuple[Tensor, Tensor]:
             return torch.zeros_like(threshold), threshold
 
-        def uniform(bits: int) -> ReducedPrior:
+        def between(label: str, lower: float, upper: float) -> ReducedPrior:
             def event(threshold: Tensor) -> tuple[Tensor, Tensor]:
-                return torch.full_like(threshold, 2.0**-23), torch.full_like(threshold, 2.0**-bits)
+                return torch.full_like(threshold, lower), torch.full_like(threshold, upper)
 
-            return restrict_to(f"uniform{bits}", event)
+            return restrict_to(label, event)
 
-        reductions = [restrict_to("rope", rope), ReducedPrior("spike", spike), uniform(8), uniform(4)]
+        reductions = [restrict_to("rope", rope), ReducedPrior("spike", spike)]
+        for bits in (8, 4):
+            reductions += [between(f"uniform{bits}", 2.0**-23, 2.0**-bits), between(f"below{bits}", 0.0, 2.0**-bits)]
         return {reduction.label: reduction for reduction in reductions}
 
     def baselines(self) -> dict[str, Baseline]:
-        """The published signal-to-noise ratio, turned over so that larger says prune."""
+        """The published signal-to-noise ratio and mean gate, turned over so that larger says prune."""
 
         def log_noise(law: Any) -> Tensor:
             return torch.as_tensor(-2.0 * torch.log(law.snr))
 
-        return {"log_noise": Baseline("log_noise", log_noise, "log variance over squared mean")}
+        def log_closure(law: Any) -> Tensor:
+            return torch.as_tensor(-law.log_moment(1))
+
+        return {
+            "log_noise": Baseline("log_noise", log_noise, "log variance over squared mean", published_cut=0.0),
+            "log_closure": Baseline("log_closure", log_closure, "minus log mean gate", published_cut=math.log(10.0)),
+        }
+
+    def kl_weights(self, spec: GroupSpec, num_data: int) -> dict[str, float]:
+        """One number per block of gates where the KL is averaged over groups and blocks."""
+        if self.kl_scale == "elbo":
+            return {}
+        return {f"{b.name}.gate": num_data / (len(spec.blocks) * b.size) for b in spec.blocks}
 
 
 def _flatten(gates: list[TruncatedLogNormal]) -> tuple[Tensor, Tensor]:

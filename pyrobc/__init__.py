@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from pyrobc.plan import Plan as Plan
     from pyrobc.plan import read_plan as read_plan
     from pyrobc.posterior import Posterior as Posterior
+    from pyrobc.pruning import PruneEachEpoch as PruneEachEpoch
+    from pyrobc.pruning import prune_in_steps as prune_in_steps
     from pyrobc.report import compression_table as compression_table
     from pyrobc.report import write_report as write_report
     from pyrobc.scores import Score as Score
@@ -62,7 +64,8 @@ _PUBLIC = {
     "Normal": "likelihoods", "Plan": "plan", "Posterior": "posterior", "Result": "compress", "Score": "scores",
     "apply": "surgery", "compare": "compare", "compress": "compress", "decide": "decide", "evidence": "evidence",
     "fit": "fit", "lift": "lift", "load": "export", "read_plan": "plan", "save": "export", "score": "scores",
-    "compression_table": "report", "fold_scales": "folding", "move_to_grid": "gridding", "prune_weights": "weights",
+    "PruneEachEpoch": "pruning", "compression_table": "report", "fold_scales": "folding", "move_to_grid": "gridding",
+    "prune_in_steps": "pruning", "prune_weights": "weights",
     "score_weights": "weights", "sparsify": "sparsify", "write_report": "report",
 }  # fmt: skip
 _PACKAGES = ("bits", "bmr", "codec", "dists", "errors", "families", "guides", "models")

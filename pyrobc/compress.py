@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pyrobc.baselines import list_baselines
 from pyrobc.batches import as_loader, check_batch, check_rows, count_rows, move
 from pyrobc.compare import compare
 from pyrobc.decide import decide
@@ -117,7 +118,7 @@ def compress(
         patience: epochs without a better validation loss before stopping.
         reduction: reduced prior, or a baseline of the family; its default reduction if None.
         epsilon: largest negligible share of a layer's input.
-        prior_odds: ``implied``, ``learned`` or a probability.
+        prior_odds: ``implied``, ``learned``, a probability, or ``none`` for the bare Bayes factor.
         max_worse: standard errors by which the reduced ELPD may fall short.
         budget: largest number of parameters, zeros included.
         keep_weights: weights and biases that stay inside what the groups keep: a number, a share of the parameters of
@@ -227,13 +228,13 @@ def _check_choices(
     max_worse: float,
 ) -> None:
     """Refuse before the fit what scoring, evidence or the decision would refuse after it."""
-    known = {**family.reduced(), **family.baselines()}
-    is_baseline = reduction in family.baselines()
-    is_odds = prior_odds in ("implied", "learned") or (not isinstance(prior_odds, str) and 0 < prior_odds < 1)
+    known = [*family.reduced(), *list_baselines(family)]
+    is_baseline = reduction in list_baselines(family)
+    is_odds = prior_odds in ("implied", "learned", "none") or (not isinstance(prior_odds, str) and 0 < prior_odds < 1)
     rules = (
         ("reduction", reduction, reduction is None or reduction in known, ", ".join(known)),
         ("epsilon", epsilon, 0 < epsilon < 1, "a share between 0 and 1"),
-        ("prior_odds", prior_odds, is_odds, "implied, learned, or a probability between 0 and 1"),
+        ("prior_odds", prior_odds, is_odds, "implied, learned, none, or a probability between 0 and 1"),
         ("prior_odds", prior_odds, not is_baseline or prior_odds == "implied", "none for a baseline, which has a cut"),
         ("num_draws", num_draws, num_draws >= 25, "25 or more"),
         ("evidence_rows", evidence_rows, evidence_rows >= 2, "2 or more"),

@@ -82,7 +82,9 @@ class RunConfig:
     patience: int | None = _key("epochs without a better validation loss before stopping", None)
     reduction: str | None = _key("reduced prior or baseline; the family's default if null", None)
     epsilon: float = _key("largest negligible share of a layer's input", 0.01)
-    prior_odds: Literal["implied", "learned"] | float = _key("implied, learned, or a probability", "implied")
+    prior_odds: Literal["implied", "learned", "none"] | float = _key(
+        "implied, learned, a probability, or none for the bare Bayes factor", "implied"
+    )
     max_worse: float = _key("standard errors by which the reduced ELPD may fall short", 2.0)
     budget: int | None = _key("largest number of parameters", None)
     keep_weights: int | float | Literal["odds"] | None = _key(

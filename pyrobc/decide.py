@@ -14,20 +14,19 @@ odds; a block without a cut is left undecided as a whole.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyrobc.errors import BudgetError, ConfigError, PlanError
-from pyrobc.groups import GroupSpec, Ints, Kept
-from pyrobc.plan import BlockPlan, Plan, SlicePlan
+from pyrobc.groups import GroupSpec, Ints
+from pyrobc.outcomes import Outcomes, list_kept, make_plan
+from pyrobc.plan import Plan
 from pyrobc.scores import PriorOdds, Score
 
 __all__ = ["decide"]
 
-Outcomes = dict[str, list[tuple[str, str]]]
 _MANY_BAD_ROWS = 0.5
 
 
@@ -63,6 +62,7 @@ def decide(
     z: float = 2.0,
     max_worse: float = 2.0,
     budget: int | None = None,
+    count: int | None = None,
     empty_block: Literal["keep_best", "raise"] = "keep_best",
 ) -> Plan:
     """Choose what to prune.
@@ -74,6 +74,7 @@ def decide(
         z: Monte Carlo standard errors within which a group is left undecided.
         max_worse: standard errors of the full network's ELPD by which the reduced one's may fall short.
         budget: largest number of parameters; more groups leave in the order of their odds until it is met.
+        count: how many groups leave, the least needed first and whatever their odds: for curves, not for decisions.
         empty_block: whether a block that would lose every group keeps its best one, or raises.
 
     Raises:
@@ -95,12 +96,16 @@ def decide(
         notes.append("no held-in evidence was given: the score alone decided")
     else:
         checked = _step_back(score, outcomes, evidence, max_worse, notes)
+    if count is not None:
+        _take_first(outcomes, log_odds, count, notes)
     _refill(score.spec, log_odds, outcomes, empty_block, notes)
     if budget is not None:
         _meet_budget(score, log_odds, outcomes, budget, notes)
     temperature = score.provenance.get("temperature", 1.0)
     if temperature != 1.0:
         notes.append(f"the KL was weighted {temperature:g}: scores are log Bayes factors of a tempered likelihood")
+    if score.provenance.get("kl_weights"):
+        notes.append("the family weighed the KL of its sites: scores are log Bayes factors of tempered likelihoods")
     rule: dict[str, Any] = {
         "reduction": score.label,
         "epsilon": score.epsilon,
@@ -113,30 +118,9 @@ def decide(
         cuts = {name: None if np.isnan(cut) else cut for name, cut in score.cuts.items()}
         settings = {"max_worse": max_worse, "budget": budget}
         rule = {"baseline": score.label, "unit": score.unit, "cuts": cuts, **settings}
-    return _make_plan(score, log_odds, outcomes, rule, checked, notes)
-
-
-def remove_groups(plan: Plan, spec: GroupSpec, kept: Kept, reason: str) -> Plan:
-    """``plan`` with further groups removed for one reason: those that are not among ``kept``.
-
-    Args:
-        plan: for the network of ``spec``.
-        spec: its groups.
-        kept: groups that stay, by block; all of them groups that the plan keeps.
-        reason: why the others leave.
-    """
-    blocks = []
-    for block in plan.blocks:
-        gone = set(block.kept) - {int(group) for group in kept[block.name]}
-        outcomes = tuple("prune" if i in gone else outcome for i, outcome in enumerate(block.outcomes))
-        reasons = tuple(reason if i in gone else text for i, text in enumerate(block.reasons))
-        blocks.append(replace(block, outcomes=outcomes, reasons=reasons))
-    left = {block.name: np.asarray(block.kept) for block in blocks}
-    parameters, macs = spec.forecast(left)
-    return replace(
-        plan, blocks=tuple(blocks), slices=_make_slices(spec, left), parameters=(plan.parameters[0], parameters),
-        macs=(plan.macs[0], macs),
-    )  # fmt: skip
+    if count is not None:
+        rule["count"] = count
+    return make_plan(score, log_odds, outcomes, rule, checked, notes)
 
 
 def _judge(score: Score, log_odds: Mapping[str, NDArray[np.float64]], z: float) -> Outcomes:
@@ -204,26 +188,38 @@ def _step_back(
     return {"method": evidence.method, "posterior_khat": float(evidence.posterior_khat), "checked": vars(chosen)}
 
 
-def _meet_budget(
-    score: Score, log_odds: Mapping[str, NDArray[np.float64]], outcomes: Outcomes, budget: int, notes: list[str]
-) -> None:
-    queue = sorted(
+def _rank(log_odds: Mapping[str, NDArray[np.float64]]) -> list[tuple[float, str, int]]:
+    """Groups from the least needed on, with their odds; undefined ones are not among them."""
+    return sorted(
         ((odds, name, i) for name, values in log_odds.items() for i, odds in enumerate(values) if np.isfinite(odds)),
         reverse=True,
     )
+
+
+def _take_first(outcomes: Outcomes, log_odds: Mapping[str, NDArray[np.float64]], count: int, notes: list[str]) -> None:
+    for rank, (odds, name, i) in enumerate(_rank(log_odds)):
+        outcome = "prune" if rank < count else "keep"
+        if outcomes[name][i][0] != outcome:
+            outcomes[name][i] = (outcome, f"number {rank + 1} of the least needed, of which {count} leave ({odds:.3g})")
+    notes.append(f"the {count} least needed groups were asked for, whatever their odds")
+
+
+def _meet_budget(
+    score: Score, log_odds: Mapping[str, NDArray[np.float64]], outcomes: Outcomes, budget: int, notes: list[str]
+) -> None:
     added = 0
-    for odds, name, i in queue:
-        if score.spec.forecast(_kept(outcomes))[0] <= budget:
+    for odds, name, i in _rank(log_odds):
+        if score.spec.forecast(list_kept(outcomes))[0] <= budget:
             break
         before = outcomes[name][i]
         if before[0] == "prune":
             continue
         outcomes[name][i] = ("prune", f"to meet the budget of {budget} parameters ({_name_odds(score)} {odds:.3g})")
-        if score.spec.emptied(_kept(outcomes)):
+        if score.spec.emptied(list_kept(outcomes)):
             outcomes[name][i] = before
         else:
             added += 1
-    reached = score.spec.forecast(_kept(outcomes))[0]
+    reached = score.spec.forecast(list_kept(outcomes))[0]
     if reached > budget:
         raise BudgetError(
             "budget",
@@ -243,7 +239,7 @@ def _refill(
     notes: list[str],
 ) -> None:
     """Give every layer that would lose all its channels its best group back."""
-    while emptied := spec.emptied(_kept(outcomes)):
+    while emptied := spec.emptied(list_kept(outcomes)):
         (tensor, _), owners = min(emptied.items())
         block = next((name for name, rows in outcomes.items() if all(row[0] == "prune" for row in rows)), None)
         subject = f"layer of {tensor!r}" if block is None else f"block {block!r}"
@@ -258,54 +254,3 @@ def _refill(
         name, best = min(owners, key=lambda owner: log_odds[owner[0]][owner[1]])
         outcomes[name][best] = ("keep", f"the best of a {subject} that would otherwise be empty")
         notes.append(f"every group of {subject} would have been pruned: its best one was kept")
-
-
-def _kept(outcomes: Outcomes) -> dict[str, Ints]:
-    return {name: np.flatnonzero([row[0] != "prune" for row in rows]) for name, rows in outcomes.items()}
-
-
-def _make_plan(
-    score: Score,
-    log_odds: Mapping[str, NDArray[np.float64]],
-    outcomes: Outcomes,
-    rule: Mapping[str, Any],
-    checked: Mapping[str, Any],
-    notes: list[str],
-) -> Plan:
-    spec, kept = score.spec, _kept(outcomes)
-    before, after = spec.forecast(spec.everything()), spec.forecast(kept)
-    blocks = tuple(
-        BlockPlan(
-            name=b.name,
-            size=b.size,
-            outcomes=tuple(row[0] for row in outcomes[b.name]),
-            reasons=tuple(row[1] for row in outcomes[b.name]),
-            delta_f=tuple(score.delta_f[b.name].tolist()),
-            mcse=tuple(score.mcse[b.name].tolist()),
-            log_odds=tuple(log_odds[b.name].tolist()),
-        )
-        for b in spec.blocks
-    )
-    return Plan(
-        network=dict(spec.tensors),
-        blocks=blocks,
-        slices=_make_slices(spec, kept),
-        parameters=(before[0], after[0]),
-        macs=(before[1], after[1]),
-        bits=dict.fromkeys(spec.tensors, 32),
-        rule=dict(rule),
-        evidence=dict(checked),
-        provenance=dict(score.provenance),
-        left_alone=dict(spec.left_alone),
-        notes=tuple(notes),
-    )
-
-
-def _make_slices(spec: GroupSpec, kept: dict[str, Ints]) -> tuple[SlicePlan, ...]:
-    selecting = spec.selecting()
-    roles = {(m.parameter, m.axis): m.role for block in spec.blocks for m in block.members}
-    slices = []
-    for (tensor, axis), index in spec.kept_indices(kept).items():
-        role = "select" if axis == 1 and tensor in selecting else roles[tensor, axis]
-        slices.append(SlicePlan(tensor, axis, role, tuple(index.tolist())))
-    return tuple(slices)

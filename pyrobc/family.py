@@ -118,11 +118,13 @@ class Baseline:
         label: name used in tables and plans.
         of: posterior law of a block's multipliers -> score of each group.
         unit: what the number is.
+        published_cut: number above which the publication prunes; None where it chooses by eye.
     """
 
     label: str
     of: Callable[[Any], Tensor]
     unit: str
+    published_cut: float | None = None
 
 
 def restrict_to(label: str, event: Callable[[Tensor], tuple[Tensor, Tensor]]) -> ReducedPrior:
@@ -204,6 +206,10 @@ class Family(ABC):
     def kl(self, laws: Laws, priors: Laws) -> dict[str, Tensor]:
         """KL(guide || prior) of every site in nats (scalars), from closed forms."""
         return {name: sum_kl(law, priors[name]) for name, law in laws.items()}
+
+    def kl_weights(self, spec: GroupSpec, num_data: int) -> Mapping[str, float]:
+        """Weights of sites' KLs in the loss, besides the temperature; 1 where left out, as everywhere in the ELBO."""
+        return {}
 
     def settings(self) -> dict[str, Any]:
         """Constructor arguments, for plans and checkpoints."""

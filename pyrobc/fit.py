@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,62 +21,22 @@ from pyrobc.batches import as_loader, check_batch, count_batches, count_rows, mo
 from pyrobc.checkpoint import read_checkpoint, write_checkpoint
 from pyrobc.dists import interval_log_mass
 from pyrobc.errors import CheckpointError, FitError, check_kind
+from pyrobc.groups import Kept
 from pyrobc.lift import LiftedModel
 from pyrobc.meanfield import MeanFieldGuide
 from pyrobc.negligible import DEFAULT_EPSILON, negligible_thresholds
 from pyrobc.objective import Loss, fast_loss, split_laws, traced_loss
 from pyrobc.posterior import Posterior, evaluating, measure_input_rms
 from pyrobc.settings import PATHS, check_settings, describe_batch, describe_schedule
+from pyrobc.training import Training
 
 __all__ = ["anneal", "fit"]
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 ScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+Prune = Callable[[Posterior], Kept | None]
+_PRUNING_ROWS = 2_000  # whose activations tell how much a group carries, after every epoch
 _LOSSES = dict(zip(PATHS, (fast_loss, traced_loss), strict=True))
-
-
-@dataclass
-class _Run:
-    """Everything that changes while training; a checkpoint holds all of it but ``has_checked_data``."""
-
-    model: LiftedModel
-    guide: MeanFieldGuide
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler | None
-    epoch: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=dict)
-    has_checked_data: bool = False
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "guide": self.guide.state_dict(),
-            "buffers": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict() if self.schedule else None,
-            "epoch": self.epoch,
-            "history": self.history,
-            "best": self.best,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.guide.load_state_dict(state["guide"])
-        self.model.load_state_dict(state["buffers"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule:
-            self.schedule.load_state_dict(state["schedule"])
-        self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
-
-    def note_best(self, loss: float) -> None:
-        if loss < self.best.get("loss", math.inf):
-            tensors = {f"guide/{k}": v.clone() for k, v in self.guide.state_dict().items()}
-            tensors |= {f"model/{k}": v.clone() for k, v in self.model.state_dict().items()}
-            self.best = {"loss": loss, "epoch": self.epoch, "tensors": tensors}
-
-    def restore_best(self) -> None:
-        tensors = self.best["tensors"]
-        for prefix, module in (("guide/", self.guide), ("model/", self.model)):
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
 
 def fit(
@@ -101,6 +60,7 @@ def fit(
     dtype: torch.dtype | None = None,
     guide: MeanFieldGuide | None = None,
     progress: bool = True,
+    prune: Prune | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     on_step: Callable[[MeanFieldGuide, float], None] | None = None,
 ) -> Posterior:
@@ -126,6 +86,9 @@ def fit(
         dtype: ``torch.float32`` or ``torch.float64``.
         guide: start from this guide instead of a new one (re-adapting after a cut).
         progress: show a progress bar.
+        prune: called after every epoch with the posterior so far; groups that are not among those it returns leave the
+            network, the KL and the optimiser's state at once (None: all stay).  What its ``state_dict`` gives is kept
+            in the checkpoint for its ``load_state_dict``, where it has them.
         on_epoch: called with the numbers of each epoch, after its checkpoint.
         on_step: called before each step with the guide, which it may change, and the fraction of the steps done.
 
@@ -147,7 +110,7 @@ def fit(
     chosen = optimizer(groups) if optimizer else torch.optim.Adam(groups, lr=lr, fused=True)
     for group in chosen.param_groups:
         group["lr"] = group["lr"] * group.get("lr_scale", 1.0)
-    run = _Run(model, guide, chosen, schedule(chosen) if schedule else None)
+    run = Training(model, guide, chosen, schedule(chosen) if schedule else None)
     identity = {
         "version": __version__,
         "network": {n: list(s) for n, s in model.spec.tensors.items()},
@@ -162,6 +125,7 @@ def fit(
         "path": path,
         "rows": [num_data, getattr(loader, "batch_size", None)],
         "deleted weights": guide.count_deleted() or None,
+        "prune": getattr(prune, "__qualname__", None if prune is None else repr(prune)),
     }
     target = Path(checkpoint) if checkpoint else None
     if target is not None:
@@ -170,7 +134,10 @@ def fit(
         check_batch(batch[0], batch[1], model.example_inputs)
         identity["data"] = describe_batch(batch)
     if target is not None and target.exists():
-        run.load(read_checkpoint(target, identity))
+        state = read_checkpoint(target, identity)
+        run.load(state)
+        if load := getattr(prune, "load_state_dict", None):
+            load(state["prune"])
         if run.epoch > epochs:
             raise CheckpointError(
                 f"checkpoint {target}",
@@ -191,8 +158,11 @@ def fit(
                     run.note_best(numbers["validation_loss"])
             _step_schedule(run.schedule, numbers)
             run.history.append(numbers)
+            if prune is not None and _cut_groups(run, prune, loader, num_data, seed):
+                loss = _LOSSES[path](run.model, run.guide, num_data)
             if target is not None:
-                write_checkpoint(target, identity, run.state())
+                save = getattr(prune, "state_dict", dict)
+                write_checkpoint(target, identity, run.state() | {"prune": save()})
             bar.update()
             bar.set_postfix(
                 {
@@ -205,10 +175,7 @@ def fit(
                 on_epoch(numbers)
     if patience is not None and run.best:
         run.restore_best()
-    posterior = Posterior(model, guide, num_data, seed, run.history)
-    with repeatable(loader, seed):
-        posterior.input_rms = measure_input_rms(model, posterior.mean(), loader)
-    return posterior
+    return _measure(run, loader, num_data, seed)
 
 
 def anneal(epochs: int) -> ScheduleFactory:
@@ -217,7 +184,7 @@ def anneal(epochs: int) -> ScheduleFactory:
 
 
 def _train_epoch(
-    run: _Run,
+    run: Training,
     loss: Loss,
     loader: Iterable[Any],
     temperature: float,
@@ -259,14 +226,33 @@ def _train_epoch(
     return {"epoch": float(run.epoch), "elbo": -total / batches, "temperature": temperature, **look}
 
 
-def _check_targets(run: _Run, inputs: Any, targets: Tensor) -> None:
+def _measure(run: Training, loader: Any, num_data: int, seed: int, max_rows: int = 10_000) -> Posterior:
+    """The posterior so far, with the size of activations on some rows."""
+    posterior = Posterior(run.model, run.guide, num_data, seed, run.history)
+    with repeatable(loader, seed):
+        posterior.input_rms = measure_input_rms(run.model, posterior.mean(), loader, max_rows)
+    return posterior
+
+
+def _cut_groups(run: Training, prune: Prune, loader: Any, num_data: int, seed: int) -> bool:
+    """Cut what ``prune`` leaves out, and note the size of what is left; whether anything was cut."""
+    kept = prune(_measure(run, loader, num_data, seed, _PRUNING_ROWS))
+    is_smaller = kept is not None and any(len(kept[block.name]) < block.size for block in run.model.spec.blocks)
+    if kept is not None and is_smaller:
+        run.cut_(kept)
+    spec = run.model.spec
+    run.history[-1]["parameters"], run.history[-1]["macs"] = map(float, spec.forecast(spec.everything()))
+    return is_smaller
+
+
+def _check_targets(run: Training, inputs: Any, targets: Tensor) -> None:
     with torch.no_grad(), evaluating(run.model):
         own, _ = split_laws(run.model, run.guide.distributions())
         run.model.likelihood.check(targets, run.model.run(run.model.family.mean(own, run.model.spec), inputs))
 
 
 @torch.no_grad()
-def _look(run: _Run, inputs: Any, targets: Tensor) -> dict[str, float]:
+def _look(run: Training, inputs: Any, targets: Tensor) -> dict[str, float]:
     """Error of the mean network on the last batch, and how many groups the posterior expects to matter."""
     model = run.model
     own, _ = split_laws(model, run.guide.distributions())
@@ -287,7 +273,7 @@ def _look(run: _Run, inputs: Any, targets: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _validate(run: _Run, loader: Iterable[Any]) -> float:
+def _validate(run: Training, loader: Iterable[Any]) -> float:
     """Mean negative log likelihood of the mean network, nats per row."""
     own, extra = split_laws(run.model, run.guide.distributions())
     effective = run.model.family.mean(own, run.model.spec)
@@ -302,7 +288,7 @@ def _validate(run: _Run, loader: Iterable[Any]) -> float:
     return total / rows
 
 
-def _is_stale(run: _Run, patience: int | None) -> bool:
+def _is_stale(run: Training, patience: int | None) -> bool:
     return patience is not None and bool(run.best) and run.epoch - run.best["epoch"] >= patience
 
 

@@ -1,8 +1,10 @@
 r"""The training objective, by two roads that a test holds equal.
 
 .. math::
-    -\mathrm{ELBO}_T = -\frac{N}{B}\sum_{n\in\text{batch}} E_q\ln p(y_n|x_n,\theta) + T \cdot KL(q\|p)
-    \quad\text{(nats)}.
+    -\mathrm{ELBO}_T = -\frac{N}{B}\sum_{n\in\text{batch}} E_q\ln p(y_n|x_n,\theta) + T \sum_s c_s KL(q_s\|p_s)
+    \quad\text{(nats)}
+
+over sites s, with the family's ``kl_weights`` :math:`c_s`: ones, but where a publication weighs otherwise.
 
 The *traced* road is Pyro's ``TraceMeanField_ELBO`` on the lifted model: one global draw a step.  The *fast* road asks
 the family for a local draw (noise per example, Normal weights integrated per pre-activation) and adds the same analytic
@@ -31,7 +33,7 @@ Loss = Callable[[Any, Tensor, float], Tensor]
 
 def fast_loss(model: LiftedModel, guide: MeanFieldGuide, num_data: int) -> Loss:
     """``loss(inputs, targets, temperature)`` in nats, by local draws and analytic KLs."""
-    priors = model.priors()
+    priors, weights = model.priors(), model.family.kl_weights(model.spec, num_data)
 
     def loss(inputs: Any, targets: Tensor, temperature: float) -> Tensor:
         laws = guide.distributions()
@@ -41,7 +43,7 @@ def fast_loss(model: LiftedModel, guide: MeanFieldGuide, num_data: int) -> Loss:
         scales = {name: law.rsample() for name, law in extra.items()}
         log_likelihood = model.likelihood.distribution(outputs, scales).log_prob(targets).sum()
         own_kl, extra_kl = model.family.kl(own, priors), _likelihood_kl(extra, priors)
-        kl = sum(own_kl.values()) + sum(extra_kl.values())
+        kl = sum(value * weights.get(site, 1.0) for site, value in (own_kl | extra_kl).items())
         return temperature * kl - log_likelihood * (num_data / len(targets))
 
     return loss
@@ -50,7 +52,8 @@ def fast_loss(model: LiftedModel, guide: MeanFieldGuide, num_data: int) -> Loss:
 def traced_loss(model: LiftedModel, guide: MeanFieldGuide, num_data: int) -> Loss:
     """The same loss from Pyro's ELBO module, sites traced one by one."""
     model.num_data = num_data
-    tempered_model, tempered_guide = _Tempered(model), _Tempered(guide)
+    weights = model.family.kl_weights(model.spec, num_data)
+    tempered_model, tempered_guide = _Tempered(model, weights), _Tempered(guide, weights)
     elbo = TraceMeanField_ELBO()(tempered_model, tempered_guide)
 
     def loss(inputs: Any, targets: Tensor, temperature: float) -> Tensor:
@@ -74,28 +77,28 @@ def _likelihood_kl(laws: Mapping[str, Distribution], priors: Mapping[str, Distri
 
 
 class _TemperSites(Messenger):
-    """Scale the log density of latent sites, and of nothing that is observed."""
+    """Scale the log density of latent sites, each by its weight too, and of nothing that is observed."""
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, weights: Mapping[str, float]) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.weights = temperature, weights
 
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and not pyro.poutine.util.site_is_subsample(msg):
-            msg["scale"] = msg["scale"] * self.temperature
+            msg["scale"] = msg["scale"] * self.temperature * self.weights.get(msg["name"], 1.0)
 
 
 class _Tempered(nn.Module):
-    """A model or guide whose latent sites count ``temperature`` times."""
+    """A model or guide whose latent sites count ``temperature`` times, besides their own weights."""
 
-    def __init__(self, program: nn.Module) -> None:
+    def __init__(self, program: nn.Module, weights: Mapping[str, float]) -> None:
         super().__init__()
-        self.program = program
+        self.program, self.weights = program, weights
         self.temperature = 1.0
 
     def forward(self, *args: Any) -> Any:
         """Run the program under the messenger."""
-        if self.temperature == 1.0:
+        if self.temperature == 1.0 and not self.weights:
             return self.program(*args)
-        with _TemperSites(self.temperature):
+        with _TemperSites(self.temperature, self.weights):
             return self.program(*args)

@@ -174,7 +174,7 @@ class Plan:
             slices=slices,
             parameters=(self.parameters[0], later.parameters[1]),
             macs=(self.macs[0], later.macs[1]),
-            notes=(*self.notes, *later.notes),
+            notes=tuple(dict.fromkeys((*self.notes, *later.notes))),
         )
 
     def to_json(self) -> str:

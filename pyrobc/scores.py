@@ -26,12 +26,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyrobc.baselines import Cut, list_baselines, measure_baseline, place_cuts
 from pyrobc.bmr import learn_inclusion, reduce
 from pyrobc.dependency import first_tensor
 from pyrobc.dists import interval_log_mass
 from pyrobc.errors import ReductionError, suggest
-from pyrobc.family import Baseline, GroupScale, ReducedPrior
-from pyrobc.gap import find_gap
+from pyrobc.family import GroupScale, ReducedPrior
 from pyrobc.groups import GroupSpec
 from pyrobc.negligible import DEFAULT_EPSILON
 from pyrobc.posterior import Posterior
@@ -40,7 +40,7 @@ __all__ = ["Score", "score"]
 
 Floats = NDArray[np.float64]
 _SMALLEST_LOG_MASS = -700.0
-PriorOdds = Literal["implied", "learned"] | float
+PriorOdds = Literal["implied", "learned", "none"] | float
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,9 @@ class Score:
 
         Args:
             prior_odds: ``implied`` by the sparsity prior, ``learned`` per block (Beta-Bernoulli inclusion rate with a
-                uniform prior, Markovic, Friston and Kiebel 2024), or a fixed prior probability of the reduced model.
-                A baseline takes none.
+                uniform prior, Markovic, Friston and Kiebel 2024), a fixed prior probability of the reduced model, or
+                ``none``: the bare log Bayes factor against the full prior, as publications decide.  A baseline takes
+                none of them.
         """
         if self.cuts is not None:
             if prior_odds != "implied":
@@ -93,6 +94,8 @@ class Score:
                     allowed="none: it is no log Bayes factor, and is compared with its cut", fix="leave prior_odds out",
                 )  # fmt: skip
             return {b: values - self.cuts[b] for b, values in self.delta_f.items()}
+        if prior_odds == "none":
+            return dict(self.delta_f)
         evidence = {b: self.delta_f[b] - self.complement[b] for b in self.delta_f}
         if prior_odds == "implied":
             if any(np.isnan(self.implied[b]).all() for b in evidence):
@@ -107,8 +110,9 @@ class Score:
             return {b: value + _learn_log_odds(value) for b, value in evidence.items()}
         if isinstance(prior_odds, str) or not 0 < prior_odds < 1:
             raise ReductionError(
-                "prior odds", got=repr(prior_odds), allowed="'implied', 'learned', or a probability", fix="pass 0.5"
-            )
+                "prior odds", got=repr(prior_odds), allowed="'implied', 'learned', 'none', or a probability",
+                fix="pass 0.5",
+            )  # fmt: skip
         return {b: value + np.log(prior_odds) - np.log1p(-prior_odds) for b, value in evidence.items()}
 
     def to_frame(self) -> Any:
@@ -133,6 +137,7 @@ def score(
     reduction: str | None = None,
     *,
     epsilon: float = DEFAULT_EPSILON,
+    cut: Cut = "gap",
     num_draws: int = 1000,
     seed: int = 0,
 ) -> Score:
@@ -140,16 +145,17 @@ def score(
 
     Args:
         posterior: what ``fit`` returned.
-        reduction: label of one of the family's reduced priors, or of its baselines; its default reduction if None.
+        reduction: label of one of the family's reduced priors, or of a baseline; its default reduction if None.
         epsilon: largest share of the next layer's input that a negligible group may carry.
+        cut: of a baseline: ``gap``, ``published``, a number, or numbers by block.
         num_draws: draws where no closed form exists.
         seed: their seed.
     """
     family, spec = posterior.model.family, posterior.model.spec
     label = reduction or family.default_reduction
-    choices, baselines = family.reduced(), family.baselines()
+    choices, baselines = family.reduced(), list_baselines(family)
     if label in baselines and label not in choices:
-        return _score_baseline(posterior, baselines[label], epsilon)
+        return _score_baseline(posterior, label, cut, epsilon)
     if label not in choices:
         known = [*choices, *baselines]
         raise ReductionError(
@@ -187,26 +193,26 @@ def score(
     )
 
 
-def _score_baseline(posterior: Posterior, baseline: Baseline, epsilon: float) -> Score:
+def _score_baseline(posterior: Posterior, label: str, cut: Cut, epsilon: float) -> Score:
     """A baseline's numbers and their cuts; no Monte Carlo error, no odds, no ROPE."""
     spec, scales, thresholds = posterior.model.spec, posterior.scales(), posterior.thresholds(epsilon)
-    values = {b.name: _to_array(baseline.of(scales[b.name].posterior), b.size) for b in spec.blocks}
-    gaps = {name: find_gap(numbers) for name, numbers in values.items()}
-    zero = {name: np.zeros_like(numbers) for name, numbers in values.items()}
+    measured = measure_baseline(posterior, label)
+    cuts = place_cuts(measured, label, cut)
+    zero = {name: np.zeros_like(numbers) for name, numbers in measured.values.items()}
     return Score(
-        label=baseline.label,
-        delta_f=values,
+        label=label,
+        delta_f=measured.values,
         complement=zero,
         implied=zero,
         mcse=zero,
         threshold={b: _to_array(t, len(t)) for b, t in thresholds.items()},
         mean_scale={b: _to_array(s.posterior.mean, spec.block(b).size) for b, s in scales.items()},
-        reasons={name: gap.reason for name, gap in gaps.items() if gap.reason},
+        reasons={name: place.reason for name, place in cuts.items() if place.reason},
         epsilon=epsilon,
         spec=spec,
         provenance=_provenance(posterior),
-        unit=baseline.unit,
-        cuts={name: gap.cut for name, gap in gaps.items()},
+        unit=measured.unit,
+        cuts={name: place.cut for name, place in cuts.items()},
     )
 
 
@@ -250,6 +256,7 @@ def _provenance(posterior: Posterior) -> dict[str, Any]:
         "epochs": len(posterior.history),
         "num_data": posterior.num_data,
         "temperature": posterior.history[-1]["temperature"] if posterior.history else 1.0,
+        "kl_weights": dict(model.family.kl_weights(model.spec, posterior.num_data)),
         "input_shape": list(example.shape[1:]),
         "versions": {p: version(p) for p in ("pyrobc", "torch", "pyro-ppl", "numpy")},
         "references": [r.bibtex() for r in model.family.references],

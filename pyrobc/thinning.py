@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from pyrobc import codec
-from pyrobc.decide import remove_groups
 from pyrobc.errors import ConfigError, OutputError
 from pyrobc.family import Family
 from pyrobc.fit import anneal, fit
 from pyrobc.folding import fold_scales
 from pyrobc.gridding import move_to_grid, read_steps
 from pyrobc.groups import GroupSpec
+from pyrobc.outcomes import remove_groups
 from pyrobc.plan import Plan
 from pyrobc.posterior import Posterior
 from pyrobc.sparsify import sparsify

@@ -29,8 +29,9 @@ LAYERS = {
         "objective",
         "posterior",
         "settings",
+        "training",
     },
-    2: {"scores", "evidence", "decide", "gap", "plan", "weights"},
+    2: {"baselines", "scores", "evidence", "decide", "gap", "outcomes", "plan", "weights"},
     3: {
         "surgery",
         "bits",
@@ -50,6 +51,7 @@ LAYERS = {
         "export",
         "families",
         "figures",
+        "pruning",
         "report",
         "sparsify",
         "thinning",

@@ -130,7 +130,7 @@ def test_odds_of_a_baseline_are_refused(result: Result) -> None:
         ReductionError, match="prior odds for the baseline 'log_alpha': got 'learned'.*leave prior_odds"
     ):
         score(result.posterior, "log_alpha").log_odds("learned")
-    with pytest.raises(ReductionError, match="allowed: rope, log_alpha; fix: did you mean 'log_alpha'"):
+    with pytest.raises(ReductionError, match="allowed: rope, log_alpha, l2, magnitude; fix: did you mean 'log_alpha'"):
         score(result.posterior, "log_alfa")
 
 
@@ -138,5 +138,5 @@ def test_refused_before_the_fit(data: tuple[Tensor, Tensor]) -> None:
     net = nn.Sequential(nn.Linear(10, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(ConfigError, match="none for a baseline"):
         compress(net, data, family="group_normal_jeffreys", reduction="log_alpha", prior_odds=0.5)
-    with pytest.raises(ConfigError, match="allowed: rope, negative_log_mode; fix: did you mean"):
+    with pytest.raises(ConfigError, match="allowed: rope, negative_log_mode, l2, magnitude; fix: did you mean"):
         compress(net, data, family="group_horseshoe", reduction="negative_log_node")
