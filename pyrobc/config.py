@@ -38,7 +38,10 @@ __all__ = [
     "to_config",
 ]
 
-BUILT_IN = {"lenet_300_100": "mlp", "lenet_5": "lenet", "lenet_5_caffe": "lenet", "mlp": "mlp"}
+BUILT_IN = {
+    "lenet_300_100": "mlp", "lenet_5": "lenet", "lenet_5_caffe": "lenet", "mlp": "mlp", "resnet_20": "resnet",
+    "resnet_32": "resnet", "resnet_50": "resnet", "vgg_16": "vgg", "vit_tiny": "vit",
+}  # fmt: skip
 """Networks that come with the package: name to module of ``pyrobc.models``."""
 
 Source = str | dict[str, str]
