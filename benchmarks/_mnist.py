@@ -29,11 +29,13 @@ class Mnist:
     validation: Rows
 
 
-def load_mnist(folder: Path, shape: tuple[int, ...], limit: int | None = None) -> Mnist:
-    """The 60,000 training rows, 5,000 of them drawn for validation, always the same; ``limit`` for smoke runs."""
+def load_mnist(
+    folder: Path, shape: tuple[int, ...], limit: int | None = None, validation_rows: int = VALIDATION_ROWS
+) -> Mnist:
+    """The 60,000 training rows, some of them drawn for validation, always the same; ``limit`` for smoke runs."""
     x, y = _read_pair(folder, "train", shape)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    held, rest = order[:VALIDATION_ROWS], order[VALIDATION_ROWS:][:limit]
+    held, rest = order[:validation_rows], order[validation_rows:][:limit]
     return Mnist((x[rest], y[rest]), (x[held], y[held]))
 
 
