@@ -19,10 +19,21 @@ from torch import nn
 from benchmarks._record import write_result
 from pyrobc.family import make_family
 from pyrobc.lift import lift
-from pyrobc.models import lenet_5_caffe, lenet_300_100
+from pyrobc.models import lenet_5, lenet_5_caffe, lenet_300_100
+from pyrobc.models.resnet import resnet_20
 from pyrobc.objective import fast_loss, traced_loss
 
-TARGETS = {("lenet_5_caffe", "log_uniform", "fast"): 1.5}
+TARGETS = {
+    ("lenet_5_caffe", "log_uniform", "fast"): 1.5,
+    ("lenet_5", "log_uniform", "fast"): 1.5,
+    ("resnet_20", "log_uniform", "fast"): 1.3,
+}
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
+    "lenet_5_caffe": (lenet_5_caffe, (1, 28, 28), ("log_uniform", "group_horseshoe")),
+    "lenet_5": (lenet_5, (1, 28, 28), ("log_uniform",)),
+    "lenet_300_100": (lenet_300_100, (784,), ("log_uniform", "group_horseshoe")),
+    "resnet_20": (resnet_20, (3, 32, 32), ("log_uniform",)),
+}
 
 
 def main() -> None:
@@ -30,20 +41,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name, build, shape in (
-        ("lenet_5_caffe", lenet_5_caffe, (1, 28, 28)),
-        ("lenet_300_100", lenet_300_100, (784,)),
-    ):
+    for name in arguments.networks:
+        build, shape, families = NETWORKS[name]
         x = torch.rand(arguments.batch, *shape, generator=torch.Generator().manual_seed(0))
         y = torch.randint(0, 10, (arguments.batch,), generator=torch.Generator().manual_seed(1))
         steps = {"plain": plain_step(build(), x, y)}
-        for family in ("log_uniform", "group_horseshoe"):
+        for family in families:
             for road in ("fast", "traced"):
                 steps[f"{family} {road}"] = bayesian_step(build(), family, road, x, y)
-        times = interleave(steps, arguments.rounds)
+        times = interleave(steps, arguments.rounds if name != "resnet_20" else max(3, arguments.rounds // 4))
         plain = times["plain"]
         for label in list(steps)[1:]:
             ratios = [a / b for a, b in zip(times[label], plain, strict=True)]
