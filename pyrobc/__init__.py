@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from pyrobc.compress import Result as Result
     from pyrobc.compress import compress as compress
     from pyrobc.decide import decide as decide
+    from pyrobc.diagnose import Diagnosis as Diagnosis
+    from pyrobc.diagnose import diagnose as diagnose
     from pyrobc.evidence import Evidence as Evidence
     from pyrobc.evidence import evidence as evidence
     from pyrobc.export import load as load
@@ -60,12 +62,12 @@ if TYPE_CHECKING:
     from pyrobc.weights import score_weights as score_weights
 
 _PUBLIC = {
-    "Bernoulli": "likelihoods", "Categorical": "likelihoods", "Evidence": "evidence", "Family": "family",
-    "Normal": "likelihoods", "Plan": "plan", "Posterior": "posterior", "Result": "compress", "Score": "scores",
-    "apply": "surgery", "compare": "compare", "compress": "compress", "decide": "decide", "evidence": "evidence",
-    "fit": "fit", "lift": "lift", "load": "export", "read_plan": "plan", "save": "export", "score": "scores",
-    "PruneEachEpoch": "pruning", "compression_table": "report", "fold_scales": "folding", "move_to_grid": "gridding",
-    "prune_in_steps": "pruning", "prune_weights": "weights",
+    "Bernoulli": "likelihoods", "Categorical": "likelihoods", "Diagnosis": "diagnose", "Evidence": "evidence",
+    "Family": "family", "Normal": "likelihoods", "Plan": "plan", "Posterior": "posterior", "PruneEachEpoch": "pruning",
+    "Result": "compress", "Score": "scores", "apply": "surgery", "compare": "compare", "compress": "compress",
+    "compression_table": "report", "decide": "decide", "diagnose": "diagnose", "evidence": "evidence", "fit": "fit",
+    "fold_scales": "folding", "lift": "lift", "load": "export", "move_to_grid": "gridding",
+    "prune_in_steps": "pruning", "prune_weights": "weights", "read_plan": "plan", "save": "export", "score": "scores",
     "score_weights": "weights", "sparsify": "sparsify", "write_report": "report",
 }  # fmt: skip
 _PACKAGES = ("bits", "bmr", "codec", "dists", "errors", "families", "guides", "models")

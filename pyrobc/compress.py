@@ -15,6 +15,8 @@ from pyrobc.baselines import list_baselines
 from pyrobc.batches import as_loader, check_batch, check_rows, count_rows, move
 from pyrobc.compare import compare
 from pyrobc.decide import decide
+from pyrobc.dependency import first_tensor
+from pyrobc.diagnose import Diagnosis, diagnose
 from pyrobc.errors import ConfigError, check_kind, suggest
 from pyrobc.evidence import Evidence, evidence
 from pyrobc.family import Family, make_family
@@ -45,6 +47,7 @@ class Result:
         history: numbers of every epoch, re-adaptation included.
         dense: the network it is compared with.
         table: measured rows, dense and compact.
+        diagnosis: what else compression changed, on test rows of class labels.
         example_inputs: a batch of one.
     """
 
@@ -57,6 +60,7 @@ class Result:
     example_inputs: Any
     dense: nn.Module
     table: list[dict[str, Any]] = field(default_factory=list)
+    diagnosis: Diagnosis | None = None
 
 
 def compress(
@@ -213,6 +217,8 @@ def compress(
     if test is not None:
         result.table = compare({"dense": result.dense, "compact": compact}, test, likelihood)
         result.table[0]["is_as_given"] = dense is None
+        if law.name == "categorical" and first_tensor(first_inputs).is_floating_point():
+            result.diagnosis = diagnose(result.dense, compact, test)
     return result
 
 

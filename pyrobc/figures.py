@@ -12,7 +12,7 @@ import numpy as np
 from pyrobc.errors import MissingExtraError
 from pyrobc.plan import OUTCOMES, Plan
 
-__all__ = ["COLOURS", "draw_candidates", "draw_scores", "draw_sensitivity", "draw_training"]
+__all__ = ["COLOURS", "draw_calibration", "draw_candidates", "draw_scores", "draw_sensitivity", "draw_training"]
 
 COLOURS = {"keep": "#3f86c9", "prune": "#d27d2d", "abstain": "#9b63b8"}
 """By outcome; of middle lightness, so that they stand out from white and from near-black."""
@@ -107,6 +107,20 @@ def draw_sensitivity(plan: Plan) -> str:
         ax.axvline(0, color=COLOURS["prune"], lw=1.2)
         ax.set(xlabel=name, ylabel="groups that stay", ylim=(0, None))
         ax.set_title("Sensitivity of the decision", loc="left")
+    return drawing.svg
+
+
+def draw_calibration(bins: Sequence[Sequence[Any]]) -> str:
+    """Accuracy against confidence, before and after; the size of a point tells how many rows it stands for."""
+    with _Figure("calibration") as ([ax], drawing):
+        ax.plot([0, 1], [0, 1], color=_INK, lw=0.6)
+        for part, label, colour in zip(bins, ("before", "after"), (COLOURS["keep"], COLOURS["prune"]), strict=True):
+            x, y, rows = (np.array([getattr(b, k) for b in part]) for k in ("confidence", "accuracy", "rows"))
+            ax.plot(x, y, color=colour, lw=1.2, label=label)
+            ax.scatter(x, y, s=8 + 60 * rows / rows.sum(), color=colour, lw=0)
+        ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.03), ylim=(-0.03, 1.05))
+        ax.set_title("Calibration", loc="left")
+        ax.legend(loc="upper left")
     return drawing.svg
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pyrobc.accounting import CompressionTable, compression_table
 from pyrobc.checkpoint import write_text
+from pyrobc.diagnose import Diagnosis
 from pyrobc.errors import MissingExtraError
 from pyrobc.plan import Plan
 
@@ -65,6 +66,7 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         **_describe_outcome(result),
         **_describe_decision(result),
+        diagnosis=_describe_diagnosis(getattr(result, "diagnosis", None)),
         left_out=list(getattr(files, "notes", ())),
         figures=_draw(result),
         files=_list_files(files or {}, differences or {}),
@@ -187,6 +189,26 @@ def _describe_decision(result: Compression) -> dict[str, Any]:
     }
 
 
+def _describe_diagnosis(found: Diagnosis | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    names = {"nll": "negative log likelihood (nats)", "ece": "expected calibration error", "brier": "Brier score",
+             "entropy": "predictive entropy (nats)"}  # fmt: skip
+    measures = [(words, f"{found.before[name]:.3g}", f"{found.after[name]:.3g}") for name, words in names.items()]
+    shifts = [
+        (s.label, f"{s.before:.1%}", f"{s.after:.1%}", f"{100 * s.excess:+.1f} \u00b1 {100 * s.excess_se:.1f}")
+        for s in found.shifts
+    ]
+    return {
+        "measures": measures,
+        "shifts": shifts,
+        "agreement": f"{found.after['agreement']:.1%}",
+        "potential": f"{found.min_potential:.1%} at worst, {found.mean_potential:.1%} on average",
+        "delta": f"{found.delta:.1%}",
+        "removed": f"{found.removed:.1%}",
+    }
+
+
 def _say(value: Any) -> Any:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {_say(part)}" for key, part in value.items())
@@ -219,7 +241,7 @@ def _list_files(files: Mapping[str, Path], differences: Mapping[str, float]) -> 
 
 
 def _draw(result: Compression) -> list[str]:
-    from pyrobc.figures import draw_candidates, draw_scores, draw_sensitivity, draw_training
+    from pyrobc.figures import draw_calibration, draw_candidates, draw_scores, draw_sensitivity, draw_training
 
     try:
         figures = [draw_scores(result.plan), draw_sensitivity(result.plan)]
@@ -227,6 +249,8 @@ def _draw(result: Compression) -> list[str]:
             figures.append(draw_candidates(result.evidence.candidates, result.plan))
         if result.history:
             figures.append(draw_training(result.history))
+        if (diagnosis := getattr(result, "diagnosis", None)) is not None:
+            figures.append(draw_calibration(diagnosis.calibration))
     except MissingExtraError:
         return []
     return figures
