@@ -38,7 +38,7 @@ from pyrobc.pruning import PruneEachEpoch, prune_in_steps
 from pyrobc.scores import PriorOdds, Score, score
 
 RUNS = Path("runs/bmrs_tables")
-LEVELS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.87, 0.93, 0.97)
+LEVELS = (0.4, 0.6, 0.75, 0.85, 0.92)
 """Shares of the groups that leave, besides those at which a rule stops."""
 TUNE_EPOCHS = 10
 NUM_DRAWS = 16
@@ -84,7 +84,7 @@ RULES: dict[str, Rule] = {
     "L2": Rule("l2", cut="gap"),
     "magnitude": Rule("magnitude", cut="gap"),
 }
-ALONG = ("BMRS_N as released", "BMRS_U 8", "BMRS_U 4", "SNR < 1", "E[gate] < 0.1", "ROPE, posterior odds")
+ALONG = ("BMRS_N as released", "BMRS_U 4", "SNR < 1", "ROPE, posterior odds")
 
 
 def main() -> None:

@@ -131,6 +131,19 @@ def test_its_gradient_is_that_of_finite_differences(kind: str, pruned: bool) -> 
     assert torch.autograd.gradcheck(divergence, (LOC.clone().requires_grad_(), SCALE.clone().requires_grad_()))
 
 
+def test_a_point_costs_minus_its_log_density() -> None:
+    prior = normal_prior((2, 3), 0.8, LOC, loc=0.25)
+
+    def cost(value: Tensor) -> Tensor:
+        return sum_kl(dist.Delta(value, event_dim=2), prior)
+
+    point = LOC.clone().requires_grad_()
+    torch.testing.assert_close(cost(point), -prior.log_prob(LOC), rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(cost, (point,))
+    uneven = dist.Normal(LOC, SCALE).to_event(2)
+    torch.testing.assert_close(sum_kl(dist.Delta(LOC, event_dim=2), uneven), -uneven.log_prob(LOC))
+
+
 def test_other_priors_fall_back_to_the_registered_divergence() -> None:
     q = Normal(LOC, SCALE)
     trained = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
