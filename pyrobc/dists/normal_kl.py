@@ -15,9 +15,10 @@ and against a Laplace law of scale ``b`` around :math:`\mu`, with :math:`d = m -
     \frac{\partial E|d|}{\partial m} = \mathrm{erf}\frac{d}{s\sqrt2}, \quad
     \frac{\partial E|d|}{\partial s} = \sqrt{\tfrac2\pi}e^{-d^2/2s^2},
 
-over the entries that are kept, which alone are read.  A point at ``v`` has :math:`-\ln N(v; \mu, S^2)`: the same without
-the terms in :math:`s_i`, and with :math:`\tfrac12\ln 2\pi S^2`.  It is the registered elementwise divergence, summed (a test holds
-them equal), at a fraction of its memory traffic, which is what a step costs where layers are large and batches small.
+over the entries that are kept, which alone are read.  A point at ``v`` has :math:`-\ln N(v; \mu, S^2)`: the same
+without the terms in :math:`s_i`, and with :math:`\tfrac12\ln 2\pi S^2`.  It is the registered elementwise divergence,
+summed (a test holds them equal), at a fraction of its memory traffic, which is what a step costs where layers are large
+and batches small.
 """
 
 from __future__ import annotations
