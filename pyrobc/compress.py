@@ -26,6 +26,7 @@ from pyrobc.likelihoods import Likelihood, make_likelihood
 from pyrobc.negligible import DEFAULT_EPSILON
 from pyrobc.plan import Plan
 from pyrobc.posterior import Posterior
+from pyrobc.pruning import PruneEachEpoch
 from pyrobc.scores import PriorOdds, Score, score
 from pyrobc.settings import check_settings
 from pyrobc.surgery import apply
@@ -42,7 +43,7 @@ class Result:
         net: the compact network, an ordinary module; with ``keep_weights`` many of its numbers are zero.
         plan: what was removed, and why; belongs to the network that was given.
         posterior: the posterior of the compact network.
-        score: scores of the first round, over all groups.
+        score: scores of the first round, over all groups that the first fit left.
         evidence: nested candidates of the first round.
         history: numbers of every epoch, re-adaptation included.
         dense: the network it is compared with.
@@ -89,6 +90,7 @@ def compress(
     prior_odds: PriorOdds = "implied",
     max_worse: float = 2.0,
     budget: int | None = None,
+    prune_each_epoch: bool = False,
     keep_weights: KeepWeights = None,
     coarseness: float | None = None,
     num_draws: int = 200,
@@ -125,6 +127,8 @@ def compress(
         prior_odds: ``implied``, ``learned``, a probability, or ``none`` for the bare Bayes factor.
         max_worse: standard errors by which the reduced ELPD may fall short.
         budget: largest number of parameters, zeros included.
+        prune_each_epoch: whether groups leave after every epoch of the first fit already, by the score alone; the rest of
+            the fit then costs what the smaller network costs.
         keep_weights: weights and biases that stay inside what the groups keep: a number, a share of the parameters of
             ``net`` between 0 and 1, ``"odds"`` for all that posterior odds keep, or None to delete none.
         coarseness: step of the grids that the numbers then move to, in posterior standard deviations, about 1 (fine) to
@@ -159,6 +163,7 @@ def compress(
         "seed": seed, "lr": lr, "temperature": temperature, "clip_norm": clip_norm, "device": device,
         "dtype": dtype, "progress": progress, "validation": validation, "patience": patience,
     }  # fmt: skip
+    rule = PruneEachEpoch(reduction, prior_odds, epsilon) if prune_each_epoch else None
     posterior = fit(
         model,
         loader,
@@ -166,12 +171,13 @@ def compress(
         schedule=anneal(epochs),
         warmup_epochs=warmup_epochs,
         checkpoint=_checkpoint(output, 0),
+        prune=rule,
         **settings,
     )
     readapt = epochs // 4 if readapt_epochs is None else readapt_epochs
     history = list(posterior.history)
     steps: list[tuple[Score, Evidence]] = []
-    plan: Plan | None = None
+    plan = rule.plan if rule else None
     compact = posterior.to_module()
     for cut in range(1, rounds + 1):
         scored = score(posterior, reduction, epsilon=epsilon, seed=seed)

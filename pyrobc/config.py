@@ -90,6 +90,7 @@ class RunConfig:
     )
     max_worse: float = _key("standard errors by which the reduced ELPD may fall short", 2.0)
     budget: int | None = _key("largest number of parameters", None)
+    prune_each_epoch: bool = _key("whether groups leave after every epoch of the first fit already", False)
     keep_weights: int | float | Literal["odds"] | None = _key(
         "weights that stay inside the groups: a number, a share of the dense parameters, or odds", None
     )

@@ -253,3 +253,20 @@ def test_compress_decides_by_the_bare_bayes_factor_when_asked() -> None:
     )  # fmt: skip
     assert result.plan.rule["prior_odds"] == "none"
     assert all(block.log_odds == block.delta_f for block in result.plan.blocks)
+
+
+def test_compress_prunes_along_the_way_and_resumes(tmp_path: Path) -> None:
+    model = make_model()
+    settings: dict[str, Any] = {
+        "family": model.family, "epochs": 60, "lr": 5e-2, "batch_size": 100, "readapt_epochs": 2, "num_draws": 30,
+        "progress": False, "prune_each_epoch": True, "output": tmp_path,
+    }  # fmt: skip
+    result = compress(model.template, make_data(), **settings)
+    assert result.history[59]["parameters"] < result.history[0]["parameters"] == result.plan.parameters[0]
+    assert result.plan.kept()["input"] == [0, 1]
+    assert result.plan.explain("input[3]").startswith("input[3]: prune")
+    shapes = {name: tuple(tensor.shape) for name, tensor in result.net.state_dict().items()}
+    cut = apply(result.plan, model.template).state_dict()
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in cut.items()}
+    again = compress(model.template, make_data(), **settings)
+    assert again.plan == result.plan and again.history == result.history
