@@ -127,8 +127,8 @@ def compress(
         prior_odds: ``implied``, ``learned``, a probability, or ``none`` for the bare Bayes factor.
         max_worse: standard errors by which the reduced ELPD may fall short.
         budget: largest number of parameters, zeros included.
-        prune_each_epoch: whether groups leave after every epoch of the first fit already, by the score alone; the rest of
-            the fit then costs what the smaller network costs.
+        prune_each_epoch: whether groups leave after every epoch of the first fit already, by the score alone; the rest
+            of the fit then costs what the smaller network costs.
         keep_weights: weights and biases that stay inside what the groups keep: a number, a share of the parameters of
             ``net`` between 0 and 1, ``"odds"`` for all that posterior odds keep, or None to delete none.
         coarseness: step of the grids that the numbers then move to, in posterior standard deviations, about 1 (fine) to
