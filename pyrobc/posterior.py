@@ -78,8 +78,8 @@ class Posterior:
             return {name: law.sample() for name, law in self.laws().items()}
 
     @torch.no_grad()
-    def log_likelihood(self, inputs: Any, targets: Tensor, values: Mapping[str, Tensor], kept: Kept) -> Tensor:
-        """Log likelihood of every row in nats for drawn sites, with removed groups' gates at zero."""
+    def predict(self, inputs: Any, values: Mapping[str, Tensor], kept: Kept) -> Distribution:
+        """Law of every row's target for drawn sites, with removed groups' gates at zero."""
         spec = self.model.spec
         effective = self.model.family.combine(values, spec)
         gates = {
@@ -87,22 +87,25 @@ class Posterior:
         }
         with evaluating(self.model):
             outputs = self.model.run(replace(effective, gates=gates), move(inputs, self.model.anchor))
-        return self.model.likelihood.distribution(outputs, values).log_prob(move(targets, self.model.anchor))
+        return self.model.likelihood.distribution(outputs, values)
 
     @torch.no_grad()
-    def log_likelihoods(
-        self, inputs: Any, targets: Tensor, draws: Sequence[Mapping[str, Tensor]], kept: Kept
-    ) -> Iterator[Tensor]:
-        """The same for many draws, one after the other, computed on the cut network: the cost falls with its size."""
+    def log_likelihood(self, inputs: Any, targets: Tensor, values: Mapping[str, Tensor], kept: Kept) -> Tensor:
+        """Log likelihood of every row in nats for drawn sites, with removed groups' gates at zero."""
+        return self.predict(inputs, values, kept).log_prob(move(targets, self.model.anchor))
+
+    @torch.no_grad()
+    def predictions(self, inputs: Any, draws: Sequence[Mapping[str, Tensor]], kept: Kept) -> Iterator[Distribution]:
+        """``predict`` for many draws, one after the other, on the cut network: the cost falls with its size."""
         spec = self.model.spec
         if spec.emptied(kept):  # a layer without channels can be masked, not cut
-            yield from (self.log_likelihood(inputs, targets, values, kept) for values in draws)
+            yield from (self.predict(inputs, values, kept) for values in draws)
             return
         small = Posterior(self.model.restricted(kept), self.guide, self.num_data)
         everything, indices = small.model.spec.everything(), spec.kept_indices(kept)
         for values in draws:
             left = {site: slice_site(site, value, spec, kept, indices) for site, value in values.items()}
-            yield small.log_likelihood(inputs, targets, left, everything)
+            yield small.predict(inputs, left, everything)
 
     def copy(self) -> Posterior:
         """One that can be fitted further without changing this one: its prior and batch-norm statistics are its own."""

@@ -78,6 +78,11 @@ class Score:
     direction: str = "larger prunes"
     cuts: Mapping[str, float] | None = None
 
+    @property
+    def default_odds(self) -> PriorOdds:
+        """Prior odds where none are asked for: ``implied``, or ``learned`` where the reduction has no prior mass."""
+        return "learned" if all(np.isnan(value).all() for value in self.implied.values()) else "implied"
+
     def log_odds(self, prior_odds: PriorOdds = "implied") -> dict[str, Floats]:
         """Posterior log odds that each group is negligible; of a baseline, how far it lies above its cut.
 

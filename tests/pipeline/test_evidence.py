@@ -1,13 +1,24 @@
 """Predictive densities against direct sums over draws, and the shape of what users get."""
 
+import dataclasses
+import sys
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import logsumexp
+from torch import nn
 
+from pyrobc.arviz_io import diagnose_chains, leave_one_out
 from pyrobc.batches import TensorLoader
-from pyrobc.errors import DataError
-from pyrobc.evidence import _leave_one_out, evidence
+from pyrobc.candidates import compare_candidate
+from pyrobc.compress import compress
+from pyrobc.decide import decide
+from pyrobc.decision_rows import DecisionRows, estimate_total, take_rows
+from pyrobc.errors import ConfigError, DataError, MissingExtraError
+from pyrobc.evidence import evidence
+from pyrobc.fit import fit
 
 
 def test_full_network_comes_first_and_sizes_fall(compressed):
@@ -76,12 +87,12 @@ def test_rows_that_every_draw_predicts_with_certainty():
     log_lik = np.log(generator.uniform(0.3, 0.9, (80, 4)))
     log_lik[:, 1] = 0.0
     log_lik[:, 2] = np.where(np.arange(80) < 40, -0.5, -0.1)
-    elpd_i, khat = _leave_one_out(log_lik, np.zeros(80))
+    elpd_i, khat = leave_one_out(log_lik, np.zeros(80))
     assert elpd_i[1] == pytest.approx(0.0, abs=1e-14)
     assert elpd_i[2] == pytest.approx(-np.log(np.mean(np.exp(-log_lik[:, 2]))), abs=1e-12)
     assert list(khat[1:3]) == [-np.inf, -np.inf]
     assert np.isfinite(khat[[0, 3]]).all() and (elpd_i[[0, 3]] < 0).all()
-    only_certain, _ = _leave_one_out(np.zeros((80, 2)), np.zeros(80))
+    only_certain, _ = leave_one_out(np.zeros((80, 2)), np.zeros(80))
     np.testing.assert_allclose(only_certain, 0.0, atol=1e-14)
 
 
@@ -94,10 +105,195 @@ def test_tree_holds_labelled_draws(compressed):
     assert len(compressed.evidence.to_frame()) == len(compressed.evidence.candidates)
 
 
-def test_installed_arviz_understands_it(compressed):
+@pytest.fixture(scope="module")
+def several(compressed):
+    """Three fits from other seeds, of which the first decides, with its reduced networks re-adapted for an epoch."""
+    x, y = compressed.data
+    others = []
+    for seed in (1, 2):
+        twin = compressed.posterior.copy()
+        others.append(
+            fit(twin.model, (x, y), epochs=2, lr=1e-3, batch_size=100, seed=seed, guide=twin.guide, progress=False)
+        )
+    readapt = {"data": (x, y), "epochs": 1, "lr": 1e-3, "batch_size": 100}
+    return evidence(
+        compressed.posterior, compressed.score, (x, y), num_draws=40, num_candidates=2, others=others, readapt=readapt
+    )
+
+
+def test_chains_are_seeds(several, compressed):
+    """R-hat and ESS of every group across fits, as ArviZ gives them on the tree; candidates are the first fit's."""
+    bmr = several.tree["bmr"]
+    assert several.tree["posterior"]["multiplier"].shape == (3, 40, 21)
+    assert several.tree["log_likelihood"]["y"].shape == (3, 40, 300)
+    import arviz_stats
+
+    expected = arviz_stats.rhat(several.tree["posterior"].to_dataset())["multiplier"].values
+    np.testing.assert_allclose(bmr["rhat"], expected, rtol=1e-6)
+    assert (bmr["ess"].values[bmr["rhat"].values < 1.05] > 20).all()
+    assert several.tree["reduced"]["y"].shape == (1, 40, 300)
+    assert "rhat" not in compressed.evidence.tree["bmr"]
+
+
+def test_readapted_candidates_are_other_networks(several, compressed):
+    alone = evidence(compressed.posterior, compressed.score, compressed.data, num_draws=40, num_candidates=2)
+    assert several.candidates[0].elpd == alone.candidates[0].elpd, "the full network is what it is"
+    pairs = list(zip(several.candidates[1:], alone.candidates[1:], strict=True))
+    assert all(a.num_removed == b.num_removed and a.elpd != b.elpd for a, b in pairs)
+
+
+@pytest.mark.parametrize("network", ["full", "reduced"])
+def test_installed_arviz_understands_it(several, network):
     arviz = pytest.importorskip("arviz")
-    summary = arviz.summary(compressed.evidence.to_arviz(), var_names=["multiplier"], kind="stats")
-    assert len(summary) == compressed.score.spec.num_groups
+    data = several.to_arviz(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # high k-hats, which is what some rows have
+        loo = arviz.loo(data)
+    elpd = float(getattr(loo, "elpd", getattr(loo, "elpd_loo", np.nan)))
+    log_lik = (several.tree["log_likelihood"] if network == "full" else several.tree["reduced"])["y"].values
+    raw = -(logsumexp(-log_lik, axis=(0, 1)) - np.log(log_lik.shape[0] * log_lik.shape[1])).sum()
+    assert elpd == pytest.approx(raw, rel=0.1)
+    summary = arviz.summary(data, var_names=["multiplier"], kind="stats")
+    assert len(summary) == 21
+
+
+def test_installed_arviz_compares_and_plots(several):
+    arviz = pytest.importorskip("arviz")
+    networks = {"full": several.to_arviz(), "reduced": several.to_arviz("reduced")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ArviZ's own
+        table = arviz.compare(networks)
+        arviz.plot_forest(networks["full"], var_names=["multiplier"])
+    assert set(table.index) == {"full", "reduced"}
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+def test_prior_and_predictions_have_their_laws(several, compressed):
+    """Log-uniform gates: ln z is uniform on its support; labels are drawn as often as the network says."""
+    log_prior = np.log(several.tree["prior"]["multiplier"].values)
+    assert log_prior.shape == (1, 40, 21)
+    assert log_prior.min() >= -20 and log_prior.max() <= 0
+    assert log_prior.mean() == pytest.approx(-10, abs=4 * 20 / np.sqrt(12 * log_prior.size))
+    predicted, observed = (several.tree[name]["y"].values for name in ("posterior_predictive", "observed_data"))
+    is_right = predicted == observed
+    expected = np.exp(several.tree["log_likelihood"]["y"].values)
+    error = np.sqrt((expected * (1 - expected)).sum()) / expected.size
+    assert is_right.mean() == pytest.approx(expected.mean(), abs=4 * error)
+
+
+def test_khat_of_the_change_of_prior(compressed):
+    """A ROPE's weights are bounded where draws reach it, and nothing is known from draws where none does."""
+    bmr = compressed.evidence.tree["bmr"]
+    needed = bmr["khat"].sel(group=["input[0]", "input[1]"]).values
+    assert np.isposinf(needed).all()
+    negligible = bmr["khat"].values[bmr["log_odds"].values > 2]
+    assert len(negligible) and (negligible <= 0).all()
+
+
+def test_missing_arviz_is_explained(compressed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "arviz", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "pyrobc\[plots\]"'):
+        compressed.evidence.to_arviz()
+    with pytest.raises(ConfigError, match="allowed: 'full' or 'reduced'"):
+        compressed.evidence.to_arviz("half")
+
+
+def test_too_few_draws_and_other_networks_are_refused(compressed):
+    for draws in (1, 24):
+        with pytest.raises(DataError, match=f"got {draws}; allowed: 25 or more"):
+            evidence(compressed.posterior, compressed.score, compressed.data, num_draws=draws)
+    cut = compressed.posterior.restricted({"input": np.arange(2), "0": np.arange(3), "2": np.arange(2)})
+    with pytest.raises(DataError, match="other fits: got another network"):
+        evidence(compressed.posterior, compressed.score, compressed.data, others=[cut])
+    with pytest.raises(DataError, match="got 1 of 1"):
+        evidence(compressed.posterior, compressed.score, tuple(part[:1] for part in compressed.data))
+
+
+def test_impossible_rows_are_explained(compressed):
+    """Labels that the network gives no probability at all: weights of 1e30 leave none."""
+    sure = compressed.posterior.copy()
+    with torch.no_grad():
+        for parameter in sure.guide.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(1e30)
+    with pytest.raises(DataError, match="log likelihood of the full network: got -inf or NaN on"):
+        evidence(sure, compressed.score, compressed.data, num_draws=25, num_candidates=1)
+
+
+def test_reduced_network_that_holds_a_row_impossible_never_passes(compressed):
+    log_lik = np.log(np.random.default_rng(0).uniform(0.3, 0.9, (60, 5)))
+    log_lik[3, 1] = -np.inf
+    elpd_i, khat = leave_one_out(log_lik, np.zeros(60))
+    assert elpd_i[1] == -np.inf and khat[1] == np.inf and np.isfinite(np.delete(elpd_i, 1)).all()
+    rows = DecisionRows(None, torch.zeros(5), np.arange(5), None)
+    made = compare_candidate((10, 20), 3, (elpd_i, khat), np.zeros(5), 0.7, rows)
+    assert made.elpd == made.diff == -np.inf and np.isnan(made.se)
+    whole = dataclasses.replace(compressed.evidence, candidates=(compressed.evidence.candidates[0], made))
+    assert decide(compressed.score, whole).kept() == {"input": [*range(6)], "0": [*range(10)], "2": [*range(5)]}
+
+
+def test_all_bad_khats_are_said(compressed):
+    path = tuple(dataclasses.replace(c, khat_bad=1.0) for c in compressed.evidence.candidates)
+    plan = decide(compressed.score, dataclasses.replace(compressed.evidence, candidates=path))
+    assert "leave-one-out is unreliable: k-hat is high on 100% of the rows checked" in plan.notes
+
+
+def test_constant_multipliers_have_no_rhat():
+    draws = np.random.default_rng(0).normal(size=(2, 50, 3))
+    draws[:, :, 1] = 1.0
+    rhat, ess = diagnose_chains(draws)
+    assert np.isnan([rhat[1], ess[1]]).all() and np.isfinite(rhat[[0, 2]]).all() and (ess[[0, 2]] > 10).all()
+
+
+def test_many_rows_are_sampled(compressed):
+    """Rows in an order that the front misses: a sample at random, and a total that is the whole data's."""
+    x, y = compressed.data
+    order = torch.argsort(y)
+    taken = take_rows(compressed.posterior, (x[order], y[order]), 100, 3)
+    assert 20 < int(taken.targets.sum()) < 80 and len(np.unique(taken.index)) == 100
+    assert torch.equal(taken.inputs, x[order][taken.index]) and taken.surrogate.shape == (300,)
+    everything = evidence(compressed.posterior, compressed.score, (x, y), num_draws=30, num_candidates=1)
+    assert [c.subsampling_se for c in everything.candidates] == [0.0] * len(everything.candidates)
+    some = evidence(
+        compressed.posterior, compressed.score, (x[order], y[order]), num_draws=30, num_candidates=1, max_rows=100
+    )
+    for part, whole in zip(some.candidates, everything.candidates, strict=True):
+        assert 0 < part.subsampling_se < part.se * 3
+        assert part.elpd_all == pytest.approx(whole.elpd, abs=4 * part.subsampling_se + 0.5)
+    assert taken.surrogate.sum() == pytest.approx(everything.candidates[0].elpd, rel=0.2)
+
+
+def test_difference_estimator_is_unbiased_and_its_error_is_right():
+    """Over all samples of 3 of 7 rows: mean and spread of the estimate, by enumeration."""
+    from itertools import combinations
+
+    generator = np.random.default_rng(1)
+    surrogate, truth = generator.normal(size=7), generator.normal(size=7)
+    found = [
+        estimate_total(truth[list(s)], DecisionRows(None, torch.zeros(3), np.array(s), surrogate))
+        for s in combinations(range(7), 3)
+    ]
+    totals, errors = np.array(found).T
+    assert totals.mean() == pytest.approx(truth.sum(), rel=1e-12)
+    assert (errors**2).mean() == pytest.approx(totals.var(), rel=1e-12)
+
+
+def test_no_decision_reads_the_test_set():
+    """Other test rows, and labels that contradict them: the same plan, and evidence from training rows only."""
+    x = torch.randn(200, 4)
+    y = (x[:, 0] > 0).long()
+    plans, seen = [], []
+    for test in ((x[150:], y[150:]), (torch.randn(40, 4) * 9, 1 - y[:40])):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+        result = compress(net, (x[:150], y[:150]), test=test, epochs=3, readapt_epochs=1, num_draws=25, progress=False)
+        plans.append(result.plan.to_json())
+        seen.append(result.evidence.tree["observed_data"]["y"].values)
+    assert plans[0] == plans[1]
+    for labels in seen:
+        assert len(labels) == 150 and labels.sum() == int(y[:150].sum())
 
 
 def test_shuffled_rows_are_the_same_rows_again(compressed):
