@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pyrobc import families as families
     from pyrobc import guides as guides
     from pyrobc import models as models
+    from pyrobc import rules as rules
     from pyrobc.compare import compare as compare
     from pyrobc.compress import Result as Result
     from pyrobc.compress import compress as compress
@@ -70,7 +71,7 @@ _PUBLIC = {
     "prune_in_steps": "pruning", "prune_weights": "weights", "read_plan": "plan", "save": "export", "score": "scores",
     "score_weights": "weights", "sparsify": "sparsify", "write_report": "report",
 }  # fmt: skip
-_PACKAGES = ("bits", "bmr", "codec", "dists", "errors", "families", "guides", "models")
+_PACKAGES = ("bits", "bmr", "codec", "dists", "errors", "families", "guides", "models", "rules")
 
 __all__ = ["__version__", *_PUBLIC, *_PACKAGES]  # noqa: PLE0604  (checked by a test)
 

@@ -1,0 +1,22 @@
+"""Decision rules: prune, keep or abstain for every group, each with its reason; ``&`` and ``|`` compose them.
+
+plan = bc.decide(score, evidence, bc.rules.PosteriorOdds() & bc.rules.FalsePruneRate(0.05))
+"""
+
+from pyrobc.rules.budget import Budget
+from pyrobc.rules.false_prune import FalsePruneRate
+from pyrobc.rules.interval import HighestDensity
+from pyrobc.rules.odds import BeyondCut, PosteriorOdds
+from pyrobc.rules.predictive import Predictive
+from pyrobc.rules.rule import Rule, Verdict
+
+__all__ = [
+    "BeyondCut",
+    "Budget",
+    "FalsePruneRate",
+    "HighestDensity",
+    "PosteriorOdds",
+    "Predictive",
+    "Rule",
+    "Verdict",
+]
