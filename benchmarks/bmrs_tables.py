@@ -95,6 +95,8 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", choices=datasets, default=["mnist", "cifar10"])
     parser.add_argument("--networks", nargs="+", choices=networks, default=["mlp", "lenet_5", "resnet_20"])
     parser.add_argument("--kl-scales", nargs="+", choices=["elbo", "mean"], default=["mean", "elbo"])
+    parser.add_argument("--temperature", type=float, default=1.0, help="weight of the KL, besides that of the scale")
+    parser.add_argument("--rules", nargs="+", choices=ALONG, default=list(ALONG), help="of continuous pruning")
     parser.add_argument("--regimes", nargs="+", choices=["after", "along"], default=["after", "along"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=50, help="of the first fit, or of a continuous run in all")
@@ -138,8 +140,10 @@ class Run:
         self.setting, self.seed, self.data, self.test = SETTINGS[dataset, network], seed, data, test
         self.epochs, self.regimes = arguments.epochs, [r for r in self.setting.regimes if r in arguments.regimes]
         self.levels = LEVELS[1:2] if arguments.smoke else LEVELS
-        self.folder = arguments.runs / f"{dataset}-{network}-{kl_scale}-{seed}"
-        self.identity = {"dataset": dataset, "network": network, "kl_scale": kl_scale, "seed": seed}
+        label = kl_scale if arguments.temperature == 1.0 else f"{kl_scale} x {arguments.temperature:g}"
+        self.folder = arguments.runs / f"{dataset}-{network}-{label.replace(' ', '')}-{seed}"
+        self.identity = {"dataset": dataset, "network": network, "kl_scale": label, "seed": seed}
+        self.rules = arguments.rules
         self.identity |= {"epochs": self.epochs, "rows": len(data.train[1]), "command": describe_command(arguments)}
         with seeded(seed):
             net = self.setting.build()
@@ -147,7 +151,7 @@ class Run:
         self.model = lift(net, family, "categorical", data.train[0][:1], prune_inputs=False)
         self.shared: dict[str, Any] = {
             "seed": seed, "lr": self.setting.lr, "batch_size": self.setting.batch_size, "progress": False,
-            "device": arguments.device,
+            "device": arguments.device, "temperature": arguments.temperature,
         }  # fmt: skip
 
     def train(self) -> None:
@@ -164,7 +168,7 @@ class Run:
             for reduction in dict.fromkeys(rule.reduction for rule in RULES.values()):
                 self.keep(reduction, "after", 1, lambda name=reduction: self.prune_after(posterior, name))
         if "along" in self.regimes:
-            for name in ALONG:
+            for name in self.rules:
                 self.keep(name, "along", 2, lambda name=name: self.prune_along(RULES[name]))
 
     def keep(self, name: str, regime: str, number: int, make: Callable[[], list[dict[str, Any]]]) -> None:
