@@ -23,17 +23,18 @@ number, so it cannot be cut: ``separate_attention`` puts a ``SeparateAttention``
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrobc.errors import GroupError
 
-__all__ = ["Attention", "SeparateAttention", "separate_attention"]
+__all__ = ["Attention", "SeparateAttention", "match_attention", "separate_attention"]
 
 
 class Attention(nn.Module):
@@ -91,7 +92,7 @@ class Attention(nn.Module):
             return [h.unflatten(-1, (len(sizes), sizes[0])).transpose(-3, -2)]
         return [part.unsqueeze(-3) for part in h.split(list(sizes), -1)]
 
-    def shrink(self, query_kept: np.ndarray, value_kept: np.ndarray) -> None:
+    def shrink(self, query_kept: NDArray[np.int64], value_kept: NDArray[np.int64]) -> None:
         """Take note of the rows of queries and of values that a cut has left; heads without any are gone."""
         queries, values = (
             np.bincount(np.repeat(np.arange(len(sizes)), sizes)[kept], minlength=len(sizes))
@@ -166,7 +167,7 @@ def _to_added(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def separate_attention(net: nn.Module) -> nn.Module:
-    """A copy of ``net`` with each ``nn.MultiheadAttention`` replaced by a ``SeparateAttention``; ``net`` if it has none.
+    """A copy of ``net`` with a ``SeparateAttention`` for each ``nn.MultiheadAttention``; ``net`` itself if it has none.
 
     Those with rows appended to keys and values (``add_bias_kv``, ``add_zero_attn``) stay, as do subclasses.
     """
@@ -181,6 +182,16 @@ def separate_attention(net: nn.Module) -> nn.Module:
         parent, _, attribute = name.rpartition(".")
         setattr(net.get_submodule(parent), attribute, new)
     return net
+
+
+def match_attention(net: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    """``net``, with its attention separated if only then its tensors have the ``shapes`` of the traced network."""
+
+    def has_them(one: nn.Module) -> bool:
+        return {name: tuple(tensor.shape) for name, tensor in one.state_dict().items()} == dict(shapes)
+
+    separate = net if has_them(net) else separate_attention(net)
+    return separate if has_them(separate) else net
 
 
 def _can_be_separated(module: nn.Module) -> bool:

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from pyrobc.errors import GroupError, suggest
 
-__all__ = ["Block", "GroupSpec", "Kept", "Layer", "Member", "ParameterInfo"]
+__all__ = ["Block", "GroupSpec", "Kept", "Layer", "Member", "ParameterInfo", "Role"]
 
 Ints = NDArray[np.int64]
+Role = Literal["produce", "consume"]
 Kept = Mapping[str, Ints]
 """Kept group indices, ascending, by block name."""
 
@@ -39,7 +40,7 @@ class Member:
 
     parameter: str
     axis: int
-    role: Literal["produce", "consume"]
+    role: Role
     ptr: Ints
     indices: Ints
 
@@ -93,11 +94,15 @@ class ParameterInfo:
 
 @dataclass(frozen=True)
 class Layer:
-    """Multiply-accumulates of one layer for one example, and the parameter whose axes 0 and 1 they scale with."""
+    """Multiply-accumulates of one layer for one example, and the parameter with whose ``axes`` they scale.
+
+    Products of queries and keys scale with the rows of the queries, those with values with the rows of the values.
+    """
 
     weight: str
     macs: int
     calls: int = 1
+    axes: tuple[int, ...] = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -199,14 +204,15 @@ class GroupSpec:
         parameters = {name: replace(info, shape=tensors[name]) for name, info in self.parameters.items()}
         layers = []
         for layer in self.layers:
-            full, small = self.tensors[layer.weight], tensors[layer.weight]
-            layers.append(replace(layer, macs=layer.macs * small[0] * small[1] // (full[0] * full[1])))
+            full, small = (prod(shapes[layer.weight][a] for a in layer.axes) for shapes in (self.tensors, tensors))
+            layers.append(replace(layer, macs=layer.macs * small // full))
         return GroupSpec(tuple(blocks), parameters, tuple(layers), self.left_alone, tensors)
 
     def forecast(self, kept: Kept) -> tuple[int, int]:
         """Parameters and MACs of the network after keeping ``kept``: exact, before anything is cut.
 
-        Parameters are the trainable ones; MACs are per example, of linear and convolution layers.
+        Parameters are the trainable ones; MACs are per example, of linear and convolution layers and of attention's
+        two products.
         """
         small = self.restricted(kept)
         return sum(prod(p.shape) for p in small.parameters.values()), sum(layer.macs for layer in small.layers)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.func import functional_call
 
-from pyrobc.dependency import LIFTABLE, first_tensor, trace_groups
+from pyrobc.attention import match_attention
+from pyrobc.dependency import first_tensor, trace_groups
 from pyrobc.family import Effective, Family, make_family
 from pyrobc.groups import GroupSpec, Kept
 from pyrobc.lifted_layers import LayerLaw, LiftedLayer
@@ -175,6 +176,7 @@ def lift(
     """
     chosen = make_family(family)
     spec = trace_groups(net, example_inputs, prune_inputs=prune_inputs)
+    net = match_attention(net, spec.tensors)
     return LiftedModel(net, spec, chosen, make_likelihood(likelihood), example_inputs)
 
 
@@ -184,10 +186,11 @@ def first_parameter(net: nn.Module) -> Tensor:
 
 
 def _replace_layers(net: nn.Module, spec: GroupSpec) -> nn.Module:
-    """Swap every linear and convolution layer with a trainable tensor for a ``LiftedLayer``; freeze the rest."""
+    """Swap every linear and convolution layer that is called for a ``LiftedLayer``; freeze the rest."""
     for parameter in net.parameters():
         parameter.requires_grad_(False)
-    plain = {path: layer for path, layer in net.named_modules(remove_duplicate=False) if isinstance(layer, LIFTABLE)}
+    called = {id(net.get_submodule(layer.weight.rpartition(".")[0])) for layer in spec.layers}
+    plain = {path: layer for path, layer in net.named_modules(remove_duplicate=False) if id(layer) in called}
     names = {path: _parameter_names(net, path) for path in plain}
     lifted: dict[int, LiftedLayer] = {}
     for path, layer in plain.items():

@@ -80,6 +80,13 @@ class LiftedLayer(nn.Module):
         if self.convolution is not None:  # its tensors are not ours: only stride, padding and the like are read
             self.convolution.weight = self.convolution.bias = None  # type: ignore[assignment]
 
+    @property
+    def weight(self) -> Tensor:
+        """For forward passes that ask a layer for its dtype, device or shape; its numbers are NaN."""
+        law = cast(LayerLaw, self.law)
+        known = cast(Tensor, self.frozen_weight if law.weight is None else law.weight).detach()
+        return known.new_full((), torch.nan).expand_as(known)
+
     def input_gate(self, gates: Mapping[str, Tensor]) -> Tensor:
         """Gate of every input channel, ``[..., inputs]``, from the gates of the blocks it reads."""
         parts = [gates[name] for name in self.blocks]

@@ -7,17 +7,24 @@ columns and corrects the layers' attributes.  Both return copies.  No Pyro, no t
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyrobc.attention import Attention
 from pyrobc.errors import GroupError
 from pyrobc.groups import GroupSpec, Ints, Kept
 
-__all__ = ["SelectLinear", "call_network", "mask_groups", "slice_groups", "slice_tensors"]
+__all__ = [
+    "SelectLinear", "call_network", "count_heads", "is_depthwise", "join_path", "map_tensors", "mask_groups",
+    "slice_groups", "slice_tensors", "tensors_of",
+]  # fmt: skip
+
+_HEADS = ("num_heads", "num_attention_heads", "n_heads")
 
 
 class SelectLinear(nn.Linear):
@@ -41,11 +48,37 @@ class SelectLinear(nn.Linear):
         return nn.functional.linear(input.index_select(-1, self.index), self.weight, self.bias)
 
 
+def join_path(path: str, attribute: str) -> str:
+    """Path of a tensor or module inside of the module at ``path``."""
+    return f"{path}.{attribute}" if path else attribute
+
+
 def call_network(net: nn.Module, inputs: Any) -> Any:
     """Call with a tensor, a tuple of positional inputs or a dict of named ones."""
     if isinstance(inputs, Mapping):
         return net(**inputs)
     return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Every tensor of a tensor, tuple, dict or model-output object."""
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if isinstance(value, Mapping) else value
+    return (
+        [t for item in items for t in tensors_of(item)]
+        if isinstance(items, Iterable) and not isinstance(items, str)
+        else []
+    )
+
+
+def map_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Inputs of the same form, each tensor changed."""
+    if isinstance(inputs, Tensor):
+        return change(inputs)
+    if isinstance(inputs, Mapping):
+        return {key: map_tensors(value, change) for key, value in inputs.items()}
+    return tuple(map_tensors(value, change) for value in inputs)
 
 
 def mask_groups(net: nn.Module, spec: GroupSpec, kept: Kept) -> nn.Module:
@@ -98,9 +131,10 @@ def slice_tensors(net: nn.Module, indices: Mapping[tuple[str, int], Ints], selec
             cut = nn.Parameter(cut, requires_grad=tensor.requires_grad)
         setattr(module, attribute, cut)
         changed.setdefault(path, set()).add(axis)
+    _correct_heads(small, [path for path, axes in changed.items() if 0 in axes], indices)
     for path in changed:
         _correct_attributes(small.get_submodule(path))
-        weight = f"{path}.weight" if path else "weight"
+        weight = join_path(path, "weight")
         if weight in selecting and 1 in changed[path]:
             linear = cast(nn.Linear, small.get_submodule(path))
             columns = torch.as_tensor(indices[weight, 1], device=linear.weight.device)
@@ -108,6 +142,38 @@ def slice_tensors(net: nn.Module, indices: Mapping[tuple[str, int], Ints], selec
                 columns = linear.index[columns]
             small = _replace(small, path, SelectLinear(linear, columns))
     return small
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a layer is a convolution of each channel with itself."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
+
+
+def count_heads(net: nn.Module, layers: Iterable[str]) -> dict[str, int]:
+    """Heads of each module that has two or more of the linear ``layers`` as children, or one that packs three."""
+    linear = [path for path in layers if isinstance(net.get_submodule(path), nn.Linear)]
+    parents = Counter(path.rpartition(".")[0] for path in linear for _ in range(1 + path.endswith("qkv")))
+    heads = {path: _heads_of(net.get_submodule(path)) for path, count in parents.items() if count > 1}
+    return {path: num for path, num in heads.items() if num}
+
+
+def _heads_of(module: nn.Module) -> int:
+    return next((n for name in _HEADS if isinstance(n := getattr(module, name, None), int)), 0)
+
+
+def _correct_heads(net: nn.Module, changed: Collection[str], indices: Mapping[tuple[str, int], Ints]) -> None:
+    """Tell attention modules which heads are left, while their layers still say how many rows they had."""
+    for path, module in net.named_modules():
+        if isinstance(module, Attention):
+            layers = ((join_path(path, f"{name}.weight"), getattr(module, name)) for name in ("query", "value"))
+            module.shrink(*(indices.get((name, 0), np.arange(layer.out_features)) for name, layer in layers))
+    for path, heads in count_heads(net, changed).items():
+        parent: Any = net.get_submodule(path)
+        layer = next(cast(nn.Linear, net.get_submodule(p)) for p in changed if p.rpartition(".")[0] == path)
+        for name in (name for name in _HEADS if not isinstance(parent, Attention) and hasattr(parent, name)):
+            setattr(parent, name, heads * len(layer.weight) // layer.out_features)
+        if hasattr(parent, "all_head_size"):
+            parent.all_head_size = len(layer.weight)
 
 
 def _named_tensors(net: nn.Module) -> dict[str, Tensor]:
@@ -118,10 +184,9 @@ def _correct_attributes(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.conv._ConvNd):
-        is_depthwise = module.groups > 1
-        module.out_channels = module.weight.shape[0]
-        module.in_channels = module.weight.shape[0] if is_depthwise else module.weight.shape[1]
-        module.groups = module.weight.shape[0] if is_depthwise else 1
+        if module.groups > 1:  # whole groups leave
+            module.groups = module.groups * module.weight.shape[0] // module.out_channels
+        module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
         sizes = [len(t) for t in (module.weight, module.running_mean) if t is not None]
         module.num_features = sizes[0]

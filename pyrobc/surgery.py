@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pyrobc.attention import match_attention
 from pyrobc.dependency import first_tensor
 from pyrobc.errors import PlanError, SurgeryError
 from pyrobc.plan import Plan
@@ -44,7 +45,7 @@ def apply(plan: Plan, target: nn.Module | Fitted, *, example_inputs: Any = None)
         PlanError: the network is another one, or is already cut.
         SurgeryError: masked and cut outputs differ.
     """
-    net = target if isinstance(target, nn.Module) else target.to_module()
+    net = match_attention(target if isinstance(target, nn.Module) else target.to_module(), plan.network)
     _check_network(plan, net)
     indices = {(part.tensor, part.axis): np.asarray(part.kept) for part in plan.slices}
     small = slice_tensors(net, indices, {part.tensor for part in plan.slices if part.role == "select"}).eval()
@@ -66,7 +67,7 @@ def apply(plan: Plan, target: nn.Module | Fitted, *, example_inputs: Any = None)
 
 def mask(plan: Plan, net: nn.Module) -> nn.Module:
     """A copy of ``net`` of the same size with the columns that read pruned groups at zero."""
-    masked = copy.deepcopy(net)
+    masked = copy.deepcopy(match_attention(net, plan.network))
     tensors = dict(masked.named_parameters())
     with torch.no_grad():
         for part in plan.slices:

@@ -98,7 +98,7 @@ def tied() -> nn.Module:
             nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.Flatten(), nn.Linear(16, 3), nn.Linear(3, 2)),
             torch.randn(1, 4, 2, 2),
             "0",
-            "grouped convolution with 2 groups",
+            "grouped convolution that reads what cannot be cut",
         ),
         (
             Forward(lambda n, x: n.out(n.a(x).view(-1, 4)), a=nn.Conv2d(1, 1, 1), out=nn.Linear(4, 2)),
