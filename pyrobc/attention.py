@@ -80,10 +80,13 @@ class Attention(nn.Module):
         keys = self.split(self.key(key), self.query_sizes)
         values = self.split(self.value(value), self.value_sizes)
         dropout = self.dropout if self.training else 0.0
-        parts = [
-            F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale).transpose(-3, -2).flatten(-2)
-            for q, k, v in zip(queries, keys, values, strict=True)
-        ]
+        if len(queries) == 1:
+            heads = [F.scaled_dot_product_attention(queries[0], keys[0], values[0], mask, dropout, scale=self.scale)]
+        else:  # some of these sizes may be zero
+            products = (self.scale * q @ k.transpose(-2, -1) for q, k in zip(queries, keys, strict=True))
+            weights = (p if mask is None else p + mask for p in products)
+            heads = [F.dropout(w.softmax(-1), dropout) @ v for w, v in zip(weights, values, strict=True)]
+        parts = [head.transpose(-3, -2).flatten(-2) for head in heads]
         return cast(Tensor, self.output(parts[0] if len(parts) == 1 else torch.cat(parts, -1)))
 
     def split(self, h: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pyrobc.errors import ConfigError, PlanError, check_kind
+from pyrobc.errors import BudgetError, ConfigError, PlanError, check_kind
 from pyrobc.groups import GroupSpec
 from pyrobc.outcomes import Outcomes, list_kept, make_plan
 from pyrobc.plan import Plan
+from pyrobc.rounding import round_up
 from pyrobc.rules.budget import meet_budget, rank_groups
 from pyrobc.rules.odds import BeyondCut, PosteriorOdds
 from pyrobc.rules.predictive import step_back
@@ -37,6 +38,7 @@ def decide(
     budget: int | None = None,
     count: int | None = None,
     empty_block: Literal["keep_best", "raise"] = "keep_best",
+    round_to: int = 1,
 ) -> Plan:
     """Choose what to prune.
 
@@ -50,9 +52,10 @@ def decide(
         budget: largest number of parameters; more groups leave in the order of their odds until it is met.
         count: how many groups leave, the least needed first and whatever their odds: for curves, not for decisions.
         empty_block: whether a block that would lose every group keeps its best one, or raises.
+        round_to: channels that each block keeps a multiple of, 8 for most hardware; groups come back for it.
 
     Raises:
-        BudgetError: the budget cannot be met.
+        BudgetError: the budget cannot be met, or not with rounded widths.
         ConfigError: settings of the default rule beside a rule of its own.
         PlanError: a block would be emptied and ``empty_block="raise"``.
 
@@ -82,6 +85,14 @@ def decide(
     _refill(score.spec, log_odds, outcomes, empty_block, notes)
     if budget is not None and (added := meet_budget(score, log_odds, outcomes, {"parameters": budget})):
         notes.append(f"{added} groups were pruned only to meet the budget")
+    if back := round_up(score.spec, log_odds, outcomes, round_to):
+        notes.append(f"{back} groups came back to make widths multiples of {round_to}")
+        reached = score.spec.forecast(list_kept(outcomes))[0]
+        if budget is not None and reached > budget:
+            raise BudgetError(
+                "budget", got=f"{budget} parameters", allowed=f"at least {reached} with round_to={round_to}",
+                fix="raise the budget, or lower round_to",
+            )  # fmt: skip
     temperature = score.provenance.get("temperature", 1.0)
     if temperature != 1.0:
         notes.append(f"the KL was weighted {temperature:g}: scores are log Bayes factors of a tempered likelihood")
@@ -95,6 +106,8 @@ def decide(
     used |= settings if rule is None else {"by": repr(rule)}
     if count is not None:
         used["count"] = count
+    if round_to > 1:
+        used["round_to"] = round_to
     return make_plan(score, log_odds, outcomes, used, checked, notes)
 
 

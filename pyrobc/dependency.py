@@ -30,13 +30,23 @@ _TOLERANCES = {torch.float64: 1e-9}
 _TOLERANCE = 1e-4  # of other outputs
 
 
-def trace_groups(net: nn.Module, example_inputs: Any, *, prune_inputs: bool = True) -> GroupSpec:
+def trace_groups(
+    net: nn.Module,
+    example_inputs: Any,
+    *,
+    prune_inputs: bool = True,
+    prune_residual: bool = False,
+    head_dims: bool = False,
+) -> GroupSpec:
     """Find the groups of ``net``; the network is not changed.
 
     Args:
         net: any tree of modules that torch can run on ``example_inputs``.
         example_inputs: a tensor, a tuple of tensors or a dict of tensors, first axis the examples.
         prune_inputs: whether features read straight from the input by a linear layer are groups too.
+        prune_residual: whether channels of a residual stream that layer normalisations read are groups too.
+        head_dims: whether single dimensions of attention heads are groups, in place of whole heads; in attention of
+            ``pyrobc.attention`` and ``nn.MultiheadAttention``, which becomes that.
 
     Raises:
         GroupError: the network fails on the example, cannot be traced, or has no prunable group.
@@ -48,18 +58,22 @@ def trace_groups(net: nn.Module, example_inputs: Any, *, prune_inputs: bool = Tr
     net, left_alone = _separate(net, example_inputs)
     outputs = _observe(net, example_inputs) if any(isinstance(m, SeparateAttention) for m in net.modules()) else outputs
     left_alone |= _unsupported(net, outputs)
+    parameters, tensors = _describe(net, outputs)
     blocks, settled, failure = [], set(left_alone), None
     try:
-        for block, reason in propose_blocks(_trainable(net), example_inputs, prune_inputs=prune_inputs):
+        proposals = propose_blocks(
+            _trainable(net), example_inputs, prune_inputs=prune_inputs, prune_residual=prune_residual,
+            head_dims=head_dims,
+        )  # fmt: skip
+        for block, reason in proposals:
             tied = (_because(m.module, left_alone) for m in block.members if m.module in left_alone)
             if reason := reason or next(tied, ""):
                 left_alone.setdefault(block.name, reason)
-                settled |= {m.module for m in block.members if m.role == "produce"}
-            else:
+                settled |= {m.module for m in block.members if m.role in ("produce", "emit")}
+            elif all(int(m.indices.max()) < tensors[m.parameter][m.axis] for m in block.members):
                 blocks.append(block)
     except GroupError as error:
         failure = error
-    parameters, tensors = _describe(net, outputs)
     twin, inputs = _make_precise(net, example_inputs)
     spec = _drop_inexact(twin, GroupSpec(tuple(blocks), parameters, (), left_alone, tensors), inputs)
     whole = [n for n in outputs if n not in settled and getattr(net.get_submodule(n), "groups", 1) == 1]
@@ -151,7 +165,7 @@ def _separate(net: nn.Module, example_inputs: Any) -> tuple[nn.Module, dict[str,
 def _probe_rest(net: nn.Module, spec: GroupSpec, inputs: Any, layers: list[str]) -> GroupSpec:
     """Find blocks anew for those ``layers`` of which exact blocks do not own all rows, and for all tied to them."""
     made = {
-        block.name: {m.module: len(m.indices) for m in block.members if m.role == "produce" and m.module in layers}
+        block.name: {m.module: len(m.indices) for m in block.members if m.axis == 0 and m.module in layers}
         for block in spec.blocks
     }
     owned = sum(map(Counter, made.values()), Counter[str]())

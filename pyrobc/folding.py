@@ -135,6 +135,12 @@ def fold_scales(posterior: Posterior) -> Posterior:
             fix="fit one of these for pruning inside what groups keep",
         )
     model, spec = posterior.model, posterior.model.spec
+    rows = [block.name for block in spec.blocks if block.emitters]
+    if rows:
+        raise FamilyError(
+            f"scales of {', '.join(rows)}", got="gates on rows (a residual stream, or queries)",
+            allowed="gates on what layers read", fix="lift without prune_residual and head_dims",
+        )  # fmt: skip
     laws = {name: scale.posterior for name, scale in posterior.scales().items()}
     first = {name: law.mean.to(model.anchor) for name, law in laws.items()}
     second = {name: (law.variance + law.mean.square()).to(model.anchor) for name, law in laws.items()}

@@ -8,6 +8,12 @@ A member's role says how it takes part:
 
 * ``produce``: rows that compute the channel (a layer's output rows and bias, batch-norm affine and statistics);
 * ``consume``: columns that read it.  Gates act here, after the nonlinearity, so that a zero gate is a removed channel.
+
+Where no column reads a channel as it is, since a layer normalisation or a product with keys comes first, the gate acts
+where the channel is made:
+
+* ``emit``: rows that a gate multiplies, bias included, so that a zero gate makes a channel of zeros;
+* ``read``: columns that read what is gated already.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from pyrobc.errors import GroupError, suggest
 __all__ = ["Block", "GroupSpec", "Kept", "Layer", "Member", "ParameterInfo", "Role"]
 
 Ints = NDArray[np.int64]
-Role = Literal["produce", "consume"]
+Role = Literal["produce", "consume", "emit", "read"]
 Kept = Mapping[str, Ints]
 """Kept group indices, ascending, by block name."""
 
@@ -77,8 +83,18 @@ class Block:
 
     @property
     def consumers(self) -> tuple[Member, ...]:
-        """The members that read the channels."""
+        """The members that read the channels, and where the gate acts."""
         return tuple(m for m in self.members if m.role == "consume")
+
+    @property
+    def readers(self) -> tuple[Member, ...]:
+        """The members that read the channels."""
+        return tuple(m for m in self.members if m.role in ("consume", "read"))
+
+    @property
+    def emitters(self) -> tuple[Member, ...]:
+        """The members that make the channels, and where the gate acts."""
+        return tuple(m for m in self.members if m.role == "emit")
 
 
 @dataclass(frozen=True)

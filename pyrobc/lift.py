@@ -23,13 +23,15 @@ from torch.func import functional_call
 from pyrobc.attention import match_attention
 from pyrobc.dependency import first_tensor, trace_groups
 from pyrobc.family import Effective, Family, make_family
-from pyrobc.groups import GroupSpec, Kept
-from pyrobc.lifted_layers import LayerLaw, LiftedLayer
+from pyrobc.groups import GroupSpec, Kept, Member
+from pyrobc.lifted_layers import ChannelGate, LayerLaw, LiftedLayer, OutputGate
 from pyrobc.likelihoods import Likelihood, make_likelihood
 from pyrobc.meanfield import Factor, MeanFieldGuide
 from pyrobc.slicing import call_network, slice_groups
 
 __all__ = ["LiftedModel", "lift"]
+
+_GATED = (nn.LayerNorm, nn.Embedding, nn.BatchNorm1d, nn.BatchNorm2d)  # gated where they end, scale and shift at once
 
 
 class LiftedModel(PyroModule):
@@ -55,6 +57,7 @@ class LiftedModel(PyroModule):
         self._names = {path: _parameter_names(net, path) for path, _ in self._layers}
         used = [name for names in self._names.values() for name in names if name]
         self._others = tuple(n for n in spec.parameters if n not in used)
+        self._gated = _gate_outputs(self.net, spec)
         repeated = {layer.weight.removesuffix("weight").removesuffix(".") for layer in spec.layers if layer.calls > 1}
         self._shared = {n for path in repeated & self._names.keys() for n in self._names[path]} | {
             n for n in used if used.count(n) > 1
@@ -98,6 +101,13 @@ class LiftedModel(PyroModule):
                 spread = variances.pop(bias).sqrt()
                 parameters[bias] = parameters[bias] + spread * torch.randn_like(spread)
         others = {name: parameters[name] for name in self._others if name in parameters}
+        rows = first_tensor(inputs).shape[0]
+        net = cast(nn.Module, self._modules["net"])  # as an attribute, Pyro would enter its tensors as parameters
+        for name, axis, gate in self._gated:
+            gate.gates = effective.gates
+            if name:
+                value = others[name] if name in others else net.get_parameter(name)
+                others[name] = gate.scale(value, axis, rows)
         for path, layer in self._layers:
             weight, bias = self._names[path]
             layer.law = LayerLaw(
@@ -107,7 +117,6 @@ class LiftedModel(PyroModule):
                 variances.get(weight),
                 variances.get(bias),
             )
-        net = cast(nn.Module, self._modules["net"])  # as an attribute, Pyro would enter its tensors as parameters
         try:
             if not others:
                 return first_tensor(call_network(net, inputs))
@@ -117,6 +126,8 @@ class LiftedModel(PyroModule):
         finally:
             for _, layer in self._layers:
                 layer.law = None
+            for _, _, gate in self._gated:
+                gate.gates = None
 
     def complete(self, effective: Effective) -> Effective:
         """``effective`` with the weights that are not trained, and so have no site."""
@@ -125,7 +136,7 @@ class LiftedModel(PyroModule):
         return replace(effective, parameters=known)
 
     def to_module(self, effective: Effective) -> nn.Module:
-        """A plain copy of the network with these parameters, gates folded into the columns that read each group."""
+        """A plain copy of the network with these parameters, gates folded into the columns or rows they act on."""
         plain = copy.deepcopy(self.template).to(self.anchor)
         buffers = dict(self.net.named_buffers())
         tensors = dict(plain.named_parameters())
@@ -140,6 +151,9 @@ class LiftedModel(PyroModule):
                     weight = tensors[self._names[path][0]]
                     gate = layer.input_gate(effective.gates)
                     weight.mul_(gate.reshape(1, -1, *(1,) * (weight.dim() - 2)))
+            for block, member in ((b.name, m) for b in self.spec.blocks for m in b.emitters):
+                lines = tensors[member.parameter].movedim(member.axis, -1)
+                lines.mul_(ChannelGate([(block, member)], lines.shape[-1]).to(lines.device)(effective.gates))
         return plain.eval()
 
     def restricted(self, kept: Kept) -> LiftedModel:
@@ -159,23 +173,30 @@ def lift(
     example_inputs: Any = None,
     *,
     prune_inputs: bool = True,
+    prune_residual: bool = False,
+    head_dims: bool = False,
 ) -> LiftedModel:
     """Turn ``net`` into a Pyro model with ``family``'s prior; ``net`` itself is not changed.
 
     Args:
-        net: any tree of linear, convolution, batch-norm, activation, pooling, flatten and dropout modules, with
-            residual adds; what cannot be gated is listed in ``model.spec.left_alone`` with the reason.
+        net: any feed-forward network of linear and convolution layers (grouped ones too), batch and layer norms,
+            activations, pooling and attention, with adds and concatenation; what cannot be gated is listed in
+            ``model.spec.left_alone`` with the reason.  ``nn.MultiheadAttention`` becomes ``SeparateAttention``.
         family: a family or its name.
         likelihood: a likelihood or its name.
         example_inputs: a batch as the network sees it (``x[:1]``), a tuple or a dict of tensors.
         prune_inputs: whether input features read by a linear layer are groups too.
+        prune_residual: whether channels of a residual stream that layer normalisations read are groups too.
+        head_dims: whether single dimensions of attention heads are groups, in place of whole heads.
 
     Raises:
         GroupError: the network does not run on the example, cannot be traced, or has no prunable group.
         FamilyError: unknown family.
     """
     chosen = make_family(family)
-    spec = trace_groups(net, example_inputs, prune_inputs=prune_inputs)
+    spec = trace_groups(
+        net, example_inputs, prune_inputs=prune_inputs, prune_residual=prune_residual, head_dims=head_dims
+    )
     net = match_attention(net, spec.tensors)
     return LiftedModel(net, spec, chosen, make_likelihood(likelihood), example_inputs)
 
@@ -196,14 +217,38 @@ def _replace_layers(net: nn.Module, spec: GroupSpec) -> nn.Module:
     for path, layer in plain.items():
         weight, bias = names[path]
         consumed = [(b.name, m) for b in spec.blocks for m in b.consumers if m.parameter == weight]
+        emitted = [(b.name, m) for b in spec.blocks for m in b.emitters if m.parameter == weight]
         if id(layer) not in lifted:  # a layer may have several paths
             frozen = weight not in spec.parameters, bias not in spec.parameters
-            lifted[id(layer)] = LiftedLayer(layer, consumed, frozen)
+            lifted[id(layer)] = LiftedLayer(layer, consumed, emitted, frozen)
         if not path:
             return lifted[id(layer)]
         parent, _, name = path.rpartition(".")
         setattr(net.get_submodule(parent), name, lifted[id(layer)])
     return net
+
+
+def _gate_outputs(net: nn.Module, spec: GroupSpec) -> tuple[tuple[str, int, OutputGate], ...]:
+    """Gates on what is made outside of lifted layers: name and axis of a parameter, or '' where a module has a hook.
+
+    They are children of the modules that they belong to, so that they move and are copied with them.
+    """
+    members: dict[str, list[tuple[str, Member]]] = {}
+    for block in spec.blocks:
+        for member in block.emitters:
+            members.setdefault(member.parameter, []).append((block.name, member))
+    found = []
+    for name, owned in members.items():
+        module, attribute = net.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        axis = owned[0][1].axis
+        gate = OutputGate(owned, spec.tensors[name][axis])
+        if isinstance(module, LiftedLayer) or (isinstance(module, _GATED) and attribute != "weight"):
+            continue
+        module.add_module(f"{attribute}_gate", gate)
+        if isinstance(module, _GATED):
+            module.register_forward_hook(gate.hook)
+        found.append(("" if isinstance(module, _GATED) else name, axis, gate))
+    return tuple(found)
 
 
 def _parameter_names(net: nn.Module, path: str) -> tuple[str, str]:

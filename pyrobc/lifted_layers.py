@@ -7,6 +7,8 @@ elementwise, the pre-activation of an example is exactly Normal given ``g`` (Kin
 
 so one draw per pre-activation replaces one draw per weight.  Without variances the layer is the plain one on ``h * g``.
 
+Where a block's gate acts on what makes it, the pre-activation is multiplied, noise and all.
+
 A convolution (and a linear layer on a sequence) reads each weight at several positions of one example.  Each position
 has the law above, but draws separately what positions share: correlations between them are left out.
 """
@@ -24,7 +26,7 @@ from torch.nn import functional as F
 from pyrobc.groups import Member
 from pyrobc.slicing import SelectLinear
 
-__all__ = ["LayerLaw", "LiftedLayer"]
+__all__ = ["ChannelGate", "LayerLaw", "LiftedLayer", "OutputGate"]
 
 _SMALLEST_VARIANCE = 1e-16  # keeps the gradient of the square root finite where an example's input is all zero
 
@@ -40,11 +42,76 @@ class LayerLaw:
     bias_variance: Tensor | None = None
 
 
+class ChannelGate(nn.Module):
+    """The gate of each channel of an axis, from the gates of the blocks that own its indices."""
+
+    owner: Tensor
+
+    def __init__(self, owned: Sequence[tuple[str, Member]], size: int) -> None:
+        """``owned``: blocks and their members on an axis of ``size``.
+
+        ``owner[i]`` is the position of channel ``i``'s gate among the concatenated gates of the blocks, the last
+        position being a constant one for channels that no group owns.
+        """
+        super().__init__()
+        self.blocks = [name for name, _ in owned]
+        total = sum(len(m.ptr) - 1 for _, m in owned)
+        owner = torch.full((size,), total)
+        offset = 0
+        for _, member in owned:
+            index = torch.as_tensor(member.indices).sort().values
+            owner[index] = torch.as_tensor(member.group_of_index()) + offset
+            offset += len(member.ptr) - 1
+        self.register_buffer("owner", owner, persistent=False)
+        self.is_identity = len(owned) == 1 and bool(torch.equal(owner, torch.arange(total)))
+        self.is_covered = bool((owner < total).all())
+
+    def forward(self, gates: Mapping[str, Tensor]) -> Tensor:
+        """``[..., channels]``."""
+        parts = [gates[name] for name in self.blocks]
+        if self.is_identity:
+            return parts[0]
+        if not self.is_covered:
+            parts.append(parts[0].new_ones(*parts[0].shape[:-1], 1))
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return joined.index_select(-1, self.owner)
+
+    def multiply(self, h: Tensor, gates: Mapping[str, Tensor], channel: int = -1) -> Tensor:
+        """``h`` with its axis ``channel`` gated, 1 or -1; gates that were drawn go to equal runs of examples."""
+        if not self.blocks or not gates:
+            return h
+        gate = cast(Tensor, self(gates))
+        if gate.dim() == 2 and gate.shape[0] != h.shape[0] > 1:
+            runs = torch.arange(h.shape[0], device=h.device) * gate.shape[0] // h.shape[0]
+            gate = gate.index_select(0, runs)
+        if channel == 1:
+            return h * gate.reshape(gate.shape + (1,) * (h.dim() - 2))
+        return h * (gate if gate.dim() == 1 else gate.reshape(gate.shape[0], *(1,) * (h.dim() - 2), gate.shape[-1]))
+
+
+class OutputGate(ChannelGate):
+    """Gates what a normalisation or an embedding gives, as its forward hook, or a parameter outside of any layer."""
+
+    gates: Mapping[str, Tensor] | None = None
+
+    def hook(self, module: nn.Module, _: object, output: Tensor) -> Tensor:
+        """A forward hook."""
+        return self.multiply(output, self.gates or {}, 1 if isinstance(module, nn.modules.batchnorm._BatchNorm) else -1)
+
+    def scale(self, parameter: Tensor, axis: int, rows: int) -> Tensor:
+        """A parameter with its ``axis`` gated; where gates are drawn for examples, one copy for each of ``rows``."""
+        if self.gates and next(iter(self.gates.values())).dim() == 2:
+            lead = parameter if parameter.shape[0] == 1 and axis > 0 else parameter.unsqueeze(0)
+            moved = lead.expand(rows, *lead.shape[1:]).movedim(axis - parameter.dim(), -1)
+        else:
+            moved = parameter.movedim(axis, -1)
+        return self.multiply(moved, self.gates or {}).movedim(-1, axis - parameter.dim())
+
+
 class LiftedLayer(nn.Module):
     """Stands where a linear or convolution layer stood; ``law`` is set around each call of the network."""
 
     law: LayerLaw | None = None
-    owner: Tensor
     select: Tensor | None
     frozen_weight: Tensor | None
     frozen_bias: Tensor | None
@@ -53,25 +120,20 @@ class LiftedLayer(nn.Module):
         self,
         layer: nn.Linear | nn.Conv1d | nn.Conv2d,
         consumed: Sequence[tuple[str, Member]],
+        emitted: Sequence[tuple[str, Member]],
         frozen: tuple[bool, bool],
     ) -> None:
-        """Replace ``layer``, whose input channels belong to the blocks in ``consumed``; ``frozen``: weight, bias.
+        """Replace ``layer``.
 
-        ``owner[i]`` is the position of input ``i``'s gate among the concatenated gates of the blocks, the last
-        position being a constant one for inputs that no group owns.
+        Args:
+            layer: what to replace.
+            consumed: blocks whose gates act on input channels, with the members that say on which.
+            emitted: the same for output channels.
+            frozen: whether weight and bias keep their values.
         """
         super().__init__()
-        self.blocks = [name for name, _ in consumed]
-        total = sum(len(m.ptr) - 1 for _, m in consumed)
-        owner = torch.full((layer.weight.shape[1],), total)
-        offset = 0
-        for _, member in consumed:
-            index = torch.as_tensor(member.indices).sort().values
-            owner[index] = torch.as_tensor(member.group_of_index()) + offset
-            offset += len(member.ptr) - 1
-        self.register_buffer("owner", owner, persistent=False)
-        self.is_identity = len(consumed) == 1 and bool(torch.equal(owner, torch.arange(total)))
-        self.is_covered = bool((owner < total).all())
+        self.consumed = ChannelGate(consumed, layer.weight.shape[1])
+        self.emitted = ChannelGate(emitted, layer.weight.shape[0])
         self.register_buffer("select", layer.index if isinstance(layer, SelectLinear) else None, persistent=False)
         for name, tensor, is_frozen in zip(("weight", "bias"), (layer.weight, layer.bias), frozen, strict=True):
             value = tensor.detach() if is_frozen and tensor is not None else None
@@ -79,6 +141,11 @@ class LiftedLayer(nn.Module):
         self.convolution = layer if isinstance(layer, nn.Conv1d | nn.Conv2d) else None
         if self.convolution is not None:  # its tensors are not ours: only stride, padding and the like are read
             self.convolution.weight = self.convolution.bias = None  # type: ignore[assignment]
+
+    @property
+    def blocks(self) -> list[str]:
+        """Blocks whose gates act on what the layer reads."""
+        return self.consumed.blocks
 
     @property
     def weight(self) -> Tensor:
@@ -89,13 +156,7 @@ class LiftedLayer(nn.Module):
 
     def input_gate(self, gates: Mapping[str, Tensor]) -> Tensor:
         """Gate of every input channel, ``[..., inputs]``, from the gates of the blocks it reads."""
-        parts = [gates[name] for name in self.blocks]
-        if self.is_identity:
-            return parts[0]
-        if not self.is_covered:
-            parts.append(parts[0].new_ones(*parts[0].shape[:-1], 1))
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return joined.index_select(-1, self.owner)
+        return cast(Tensor, self.consumed(gates))
 
     def forward(self, h: Tensor) -> Tensor:
         """Gate the input, then the affine map, with noise on the pre-activation where weights have variances."""
@@ -104,22 +165,13 @@ class LiftedLayer(nn.Module):
         bias = self.frozen_bias if law.bias is None else law.bias
         if self.select is not None:
             h = h.index_select(-1, self.select)
-        if self.blocks and law.gates:
-            h = h * self._shape_gate(self.input_gate(law.gates), h)
-        mean = self._affine(h, weight, bias)
-        if law.weight_variance is None:
-            return mean
-        variance = self._affine(h.square(), law.weight_variance, law.bias_variance)
-        return mean + variance.clamp_min(_SMALLEST_VARIANCE).sqrt() * torch.randn_like(mean)
-
-    def _shape_gate(self, gate: Tensor, h: Tensor) -> Tensor:
-        if gate.dim() == 2 and gate.shape[0] != h.shape[0]:
-            runs = torch.arange(h.shape[0], device=h.device) * gate.shape[0] // h.shape[0]
-            gate = gate.index_select(0, runs)
-        if self.convolution is not None:
-            trailing = (1,) * (h.dim() - 2)
-            return gate.reshape(gate.shape + trailing)
-        return gate if gate.dim() == 1 else gate.reshape(gate.shape[0], *(1,) * (h.dim() - 2), gate.shape[-1])
+        channel = -1 if self.convolution is None else 1
+        h = self.consumed.multiply(h, law.gates, channel)
+        output = self._affine(h, weight, bias)
+        if law.weight_variance is not None:
+            variance = self._affine(h.square(), law.weight_variance, law.bias_variance)
+            output = output + variance.clamp_min(_SMALLEST_VARIANCE).sqrt() * torch.randn_like(output)
+        return self.emitted.multiply(output, law.gates, channel)
 
     def _affine(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.convolution is None:

@@ -8,7 +8,13 @@ inputs with root mean square :math:`r_i`.  Its standard contribution to the laye
     \text{share}_g = z_g\, c_g / T,\quad T^2 = \sum_i E[z_{g(i)}]^2\, r_i^2 \sum_j E[w_{ji}]^2,
 
 so ``share < epsilon`` is the event :math:`z_g < \epsilon T / c_g`: the ROPE.  With several readers the smallest
-threshold counts.  A threshold is capped where the ROPE would hold more than 99% of the prior, so that a group which
+threshold counts.  Where a reader sees what is gated already, its :math:`r_i` is divided by the gate's mean.
+
+A dimension of attention's queries feeds products with keys in place of a layer.  There :math:`c_g` is the root of the
+product of what queries and keys have there, :math:`\sum_i r_i^2 E[w_{gi}]^2 + E[b_g]^2` each (of independent inputs),
+and :math:`T^2` the sum over all dimensions of :math:`E[z_g]^2 c_g^2`.
+
+A threshold is capped where the ROPE would hold more than 99% of the prior, so that a group which
 carries nothing at all still has finite odds.
 """
 
@@ -23,7 +29,7 @@ from torch.distributions import Distribution
 
 from pyrobc.dists import interval_log_mass
 from pyrobc.family import Effective
-from pyrobc.groups import GroupSpec
+from pyrobc.groups import Block, GroupSpec
 
 __all__ = ["DEFAULT_EPSILON", "negligible_thresholds"]
 
@@ -52,19 +58,26 @@ def negligible_thresholds(
     power: dict[str, Tensor] = {}
     received: dict[str, Tensor] = {}
     for block in spec.blocks:
-        for member in block.consumers:
+        for member in block.readers:
             name = member.parameter
             if name not in power:
                 power[name] = _column_power(name, mean, input_rms)
                 received[name] = power[name].clone()
             index = torch.as_tensor(member.indices, device=power[name].device).sort().values
             owner = torch.as_tensor(member.group_of_index(), device=power[name].device)
-            received[name][index] = power[name][index] * mean.gates[block.name].double()[owner].square()
+            gate = mean.gates[block.name].double()[owner].square()
+            if member.role == "read":
+                power[name][index] /= gate.clamp_min(1e-300)
+            received[name][index] = power[name][index] * gate
     thresholds = {}
     for block in spec.blocks:
         like = mean.gates[block.name].double()
         bound = torch.full_like(like, torch.inf) if priors is None else _prior_cap(priors[block.name], like)
-        for member in block.consumers:
+        if not block.readers:
+            carried = _product_power(block, mean, input_rms)
+            total = (carried * like.square()).sum()
+            bound = torch.minimum(bound, epsilon * (total / carried.clamp_min(1e-300)).sqrt())
+        for member in block.readers:
             index = torch.as_tensor(member.indices, device=bound.device).sort().values
             owner = torch.as_tensor(member.group_of_index(), device=bound.device)
             carried = bound.new_zeros(block.size).index_add(0, owner, power[member.parameter][index])
@@ -72,6 +85,18 @@ def negligible_thresholds(
             bound = torch.minimum(bound, epsilon * (total / carried.clamp_min(1e-300)).sqrt())
         thresholds[block.name] = bound
     return thresholds
+
+
+def _product_power(block: Block, mean: Effective, input_rms: Mapping[str, Tensor]) -> Tensor:
+    """Power of queries times that of keys, by group."""
+    power = torch.ones_like(mean.gates[block.name], dtype=torch.float64)
+    for member in (m for m in block.members if m.parameter.endswith("weight")):
+        weight, bias = mean.parameters[member.parameter].detach().double(), f"{member.module}.bias".lstrip(".")
+        rows = weight.square() @ input_rms.get(member.parameter, weight.new_ones(weight.shape[1])).double().square()
+        if bias in mean.parameters:
+            rows = rows + mean.parameters[bias].detach().double().square()
+        power = power * rows[torch.as_tensor(member.indices, device=power.device)]
+    return power
 
 
 def _column_power(weight: str, mean: Effective, input_rms: Mapping[str, Tensor]) -> Tensor:

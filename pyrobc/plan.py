@@ -47,7 +47,7 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class SlicePlan:
-    """Kept indices along one axis of one tensor; ``consume`` axes read groups, ``select`` ones read network inputs."""
+    """Kept indices along one axis of one tensor; roles are those of members, and ``select`` reads network inputs."""
 
     tensor: str
     axis: int

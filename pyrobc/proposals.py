@@ -5,9 +5,13 @@ products tie together, one by one.  Some can only leave together:
 
 * a grouped convolution loses whole groups, with the channels that they read and those that they make.  Equal numbers
   from every group would be exact too, but tie channels that have nothing to do with each other;
-* attention loses whole heads, or single dimensions (``attention="dims"``, see ``pyrobc.attention``).
+* attention loses whole heads.
 
-So channels of one unit are merged into one group, across blocks where a grouped convolution has both sides.
+So channels of one unit are merged into one group, across blocks where a grouped convolution has both sides.  Single
+dimensions of heads are two blocks of their own: those of the values, and those that queries share with keys.
+
+The residual stream of a transformer is read through layer normalisations, which mix its channels.  So it is gated where
+it is made: embeddings, output rows, and scale and shift of the normalisations, which then count zeros for what is gone.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 
+from pyrobc.attention import Attention
 from pyrobc.errors import GroupError
 from pyrobc.groups import Block, Ints, Member, Role
 from pyrobc.slicing import count_heads, is_depthwise, join_path
@@ -33,6 +38,7 @@ __all__ = ["LIFTABLE", "TIED_ALONG", "connect", "list_rows", "make_member", "pro
 LIFTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 TIED_ALONG = (nn.BatchNorm1d, nn.BatchNorm2d)
 _HEADS = ": heads"
+_RESIDUAL = "a layer normalisation or a parameter outside any layer has part in it; prune_residual=True prunes it"
 _SOURCES = (*LIFTABLE, *TIED_ALONG, nn.Embedding, nn.Parameter)
 
 
@@ -45,8 +51,17 @@ class Proposal:
     units: list[tuple[str, Ints, Ints]] = field(default_factory=list)
 
 
-def propose_blocks(net: nn.Module, example_inputs: Any, *, prune_inputs: bool = True) -> Iterable[tuple[Block, str]]:
+def propose_blocks(
+    net: nn.Module, example_inputs: Any, *, prune_inputs: bool, prune_residual: bool, head_dims: bool
+) -> Iterable[tuple[Block, str]]:
     """What the dependency graph proposes, each with a reason to refuse it or an empty string.
+
+    Args:
+        net: a network in evaluation mode, all of its parameters trainable.
+        example_inputs: inputs, first axis the examples.
+        prune_inputs: whether features that linear layers read straight from the input are groups.
+        prune_residual: whether channels that pass layer normalisations are.
+        head_dims: whether single dimensions of heads are, in place of heads, in ``Attention``.
 
     Raises:
         GroupError: the graph cannot be built.
@@ -69,9 +84,10 @@ def propose_blocks(net: nn.Module, example_inputs: Any, *, prune_inputs: bool = 
     if prune_inputs:
         yield from _input_blocks(graph, names)
     order = {name: i for i, name in enumerate(names.values())}
-    found = _merge([_read_group(net, graph, group, names) for group in groups])
-    for proposal in sorted(found, key=lambda p: order[p.block.name]):
-        is_read = any(proposal.block.consumers)
+    read = [_read_group(net, graph, group, names, prune_residual) for group in groups]
+    split = [part for proposal in read for part in (_split_heads(net, proposal) if head_dims else [proposal])]
+    for proposal in sorted(_merge(split), key=lambda p: order[p.block.name]):
+        is_read = any((*proposal.block.readers, *proposal.block.emitters))
         yield proposal.block, proposal.reason or ("" if is_read else "nothing prunable reads it")
 
 
@@ -115,11 +131,14 @@ def _input_blocks(graph: Any, names: Mapping[nn.Module, str]) -> Iterable[tuple[
         yield Block(name, size, (member,)), ""
 
 
-def _read_group(net: nn.Module, graph: Any, group: Any, names: Mapping[nn.Module, str]) -> Proposal:
+def _read_group(
+    net: nn.Module, graph: Any, group: Any, names: Mapping[nn.Module, str], prune_residual: bool
+) -> Proposal:
     members: list[Member] = []
     producers: dict[str, tuple[Ints, Ints]] = {}
     units: list[tuple[str, Ints, Ints]] = []
-    reason = ""
+    reason, is_emitted = "", False
+    parameters = {parameter: name for name, parameter in net.named_parameters()}
     order = {name: i for i, name in enumerate(names.values())}
     size = 1 + max(max(item.root_idxs) for item in group)
     for item in group:
@@ -128,11 +147,22 @@ def _read_group(net: nn.Module, graph: Any, group: Any, names: Mapping[nn.Module
         if is_output_side and not item.dep.target.outputs:
             reason = "it makes the network's output"
         groups, index = np.asarray(item.root_idxs), np.asarray(item.idxs)
+        if isinstance(module, nn.Parameter):
+            is_emitted = True
+            axis = max((a for a, length in enumerate(module.shape) if length > 1), default=0)
+            members.append(make_member(parameters[module], axis, "emit", groups, index, size))
+            continue
         if module not in names:
-            if isinstance(module, nn.Parameter):
-                reason = reason or "it is tied to a parameter outside any layer"
             continue
         name = names[module]
+        if isinstance(module, nn.Embedding):
+            is_emitted = True
+            members.append(make_member(join_path(name, "weight"), 1, "emit", groups, index, size))
+            continue
+        if isinstance(module, nn.LayerNorm) and module.elementwise_affine and len(module.normalized_shape) == 1:
+            is_emitted = True
+            members += list_rows(name, module, groups, index, size)
+            continue
         if isinstance(module, LIFTABLE):
             num_units = getattr(module, "groups", 1)
             if num_units > 1 and not is_depthwise(module):
@@ -149,6 +179,9 @@ def _read_group(net: nn.Module, graph: Any, group: Any, names: Mapping[nn.Module
             reason = reason or f"it is tied to {name} ({type(module).__name__}), which cannot be cut exactly"
             continue
         members += list_rows(name, module, groups, index, size)
+    if is_emitted:
+        reason = reason or ("" if prune_residual else _RESIDUAL)
+        members = [_gate_where_made(member) for member in members]
     name = min(producers, key=order.__getitem__) if producers else names.get(group[0].dep.target.module, "?")
     for path, heads in count_heads(net, producers).items():
         name = path
@@ -156,6 +189,24 @@ def _read_group(net: nn.Module, graph: Any, group: Any, names: Mapping[nn.Module
             groups, index = producers[layer]
             units.append((path + _HEADS, groups, index * heads // (1 + int(index.max()))))
     return Proposal(Block(name, size, tuple(members)), reason, units)
+
+
+def _gate_where_made(member: Member) -> Member:
+    if member.role == "produce" and not member.parameter.endswith(("running_mean", "running_var")):
+        return replace(member, role="emit")
+    return replace(member, role="read") if member.role == "consume" else member
+
+
+def _split_heads(net: nn.Module, proposal: Proposal) -> Iterable[Proposal]:
+    """The dimensions of values, and those of queries and keys, if the block is one of ``Attention``."""
+    path, block = proposal.block.name, proposal.block
+    if proposal.reason or not isinstance(net.get_submodule(path), Attention):
+        return [proposal]
+    query, key, value = (join_path(path, name) for name in ("query", "key", "value"))
+    products = [replace(m, role="emit") for m in block.members if m.module == query]
+    products += [m for m in block.members if m.module == key]
+    values = [m for m in block.members if m.module == value or m.role == "consume"]
+    return [Proposal(Block(query, block.size, tuple(products))), Proposal(Block(value, block.size, tuple(values)))]
 
 
 def _merge(proposals: list[Proposal]) -> Iterable[Proposal]:

@@ -1,7 +1,7 @@
 """Mask and slice the tensors of a plain network: the two primitives that surgery and the tracer's self-check share.
 
-``mask_groups`` zeroes what a removed group feeds (its columns in every consumer); ``slice_groups`` removes rows and
-columns and corrects the layers' attributes.  Both return copies.  No Pyro, no tracing.
+``mask_groups`` zeroes what a removed group feeds, its columns in every consumer, or its rows where gates act on those;
+``slice_groups`` removes rows and columns and corrects the attributes of layers.  Both return copies.  No Pyro here.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pyrobc.errors import GroupError
 from pyrobc.groups import GroupSpec, Ints, Kept
 
 __all__ = [
-    "SelectLinear", "call_network", "count_heads", "is_depthwise", "join_path", "map_tensors", "mask_groups",
-    "slice_groups", "slice_tensors", "tensors_of",
+    "PartialLayerNorm", "SelectLinear", "call_network", "count_heads", "is_depthwise", "join_path", "map_tensors",
+    "mask_groups", "slice_groups", "slice_tensors", "tensors_of",
 ]  # fmt: skip
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads")
@@ -46,6 +46,31 @@ class SelectLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Select, then the affine map."""
         return nn.functional.linear(input.index_select(-1, self.index), self.weight, self.bias)
+
+
+class PartialLayerNorm(nn.LayerNorm):
+    r"""A layer normalisation over ``full_size`` features, of which all that are not left are zero.
+
+    With :math:`D` features, :math:`d` of them left, the mean is :math:`m = \sum_i x_i / D` and the variance
+    :math:`(\sum_i (x_i - m)^2 + (D - d)\,m^2) / D`.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        """Take over ``norm``'s tensors, which are already cut, while it still says how many features it had."""
+        nn.Module.__init__(self)
+        self.full_size: int = norm.full_size if isinstance(norm, PartialLayerNorm) else norm.normalized_shape[0]
+        self.weight, self.bias, self.eps, self.elementwise_affine = norm.weight, norm.bias, norm.eps, True
+        self.normalized_shape = tuple(norm.weight.shape)
+        self.train(norm.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise, scale and shift."""
+        mean = input.sum(-1, keepdim=True) / self.full_size
+        centred = input - mean
+        removed = self.full_size - input.shape[-1]
+        variance = (centred.square().sum(-1, keepdim=True) + removed * mean.square()) / self.full_size
+        scaled = centred * (variance + self.eps).rsqrt() * self.weight
+        return scaled if self.bias is None else scaled + self.bias
 
 
 def join_path(path: str, attribute: str) -> str:
@@ -82,13 +107,13 @@ def map_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def mask_groups(net: nn.Module, spec: GroupSpec, kept: Kept) -> nn.Module:
-    """Copy ``net`` with the columns that read a removed group set to zero; shapes stay as they are."""
+    """Copy ``net`` with the columns that read a removed group, or its rows, set to zero; shapes stay as they are."""
     masked = copy.deepcopy(net)
     tensors = _named_tensors(masked)
     with torch.no_grad():
         for block in spec.blocks:
             gone = np.setdiff1d(np.arange(block.size), kept[block.name])
-            for member in block.consumers:
+            for member in (*block.consumers, *block.emitters):
                 tensor = tensors[member.parameter]
                 index = torch.as_tensor(member.owned_by(gone), device=tensor.device)
                 tensor.index_fill_(member.axis, index, 0.0)
@@ -141,6 +166,8 @@ def slice_tensors(net: nn.Module, indices: Mapping[tuple[str, int], Ints], selec
             if isinstance(linear, SelectLinear):
                 columns = linear.index[columns]
             small = _replace(small, path, SelectLinear(linear, columns))
+        if isinstance(norm := small.get_submodule(path), nn.LayerNorm):
+            small = _replace(small, path, PartialLayerNorm(norm))
     return small
 
 
@@ -187,6 +214,8 @@ def _correct_attributes(module: nn.Module) -> None:
         if module.groups > 1:  # whole groups leave
             module.groups = module.groups * module.weight.shape[0] // module.out_channels
         module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
         sizes = [len(t) for t in (module.weight, module.running_mean) if t is not None]
         module.num_features = sizes[0]

@@ -66,12 +66,12 @@ def apply(plan: Plan, target: nn.Module | Fitted, *, example_inputs: Any = None)
 
 
 def mask(plan: Plan, net: nn.Module) -> nn.Module:
-    """A copy of ``net`` of the same size with the columns that read pruned groups at zero."""
+    """A copy of ``net`` of the same size with the columns that read pruned groups, or their rows, at zero."""
     masked = copy.deepcopy(match_attention(net, plan.network))
     tensors = dict(masked.named_parameters())
     with torch.no_grad():
         for part in plan.slices:
-            if part.role == "produce":
+            if part.role in ("produce", "read"):
                 continue
             tensor = tensors[part.tensor]
             gone = np.setdiff1d(np.arange(tensor.shape[part.axis]), part.kept)

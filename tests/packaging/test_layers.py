@@ -55,6 +55,7 @@ LAYERS = {
         "gap",
         "outcomes",
         "plan",
+        "rounding",
         "rules",
         "scores",
         "weights",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pyrobc.decide import decide
-from pyrobc.errors import BudgetError, PlanError
+from pyrobc.errors import BudgetError, ConfigError, PlanError
 
 KEEP = {"input": np.full(6, -5.0), "0": np.full(10, -5.0), "2": np.full(5, -5.0)}
 
@@ -112,6 +112,19 @@ def test_rule_is_in_the_plan(mlp_spec, by_hand):
     assert plan.rule == {
         "reduction": "by hand", "epsilon": 0.01, "prior_odds": "learned", "z": 3.0, "max_worse": 2.0, "budget": None,
     }  # fmt: skip
+
+
+def test_widths_are_rounded_up_with_the_least_certain_groups(mlp_spec, by_hand):
+    values = odds(b0=[9, 1, 8, -3, 7, 2, -4, 6, -5, 5], b2=[1, 2, 3, 4, -5], input=[-1, -1, -1, -1, 1, 2])
+    plan = decide(by_hand(mlp_spec, values), round_to=4)
+    assert plan.kept() == {"input": [0, 1, 2, 3], "0": [1, 3, 6, 8], "2": [0, 1, 2, 4]}
+    assert "multiple of 4 (was: log odds of being negligible 1 > 0)" in plan.blocks[1].reasons[1]
+    assert plan.rule["round_to"] == 4 and "4 groups came back to make widths multiples of 4" in plan.notes
+    assert decide(by_hand(mlp_spec, values), round_to=8).widths == {"input": (6, 6), "0": (10, 8), "2": (5, 5)}
+    with pytest.raises(BudgetError, match="round_to=4"):
+        decide(by_hand(mlp_spec, values), round_to=4, budget=plan.parameters[1] - 1)
+    with pytest.raises(ConfigError, match="round_to: got 0"):
+        decide(by_hand(mlp_spec, values), round_to=0)
 
 
 def test_real_decision_keeps_what_made_the_labels(compressed):

@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,11 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from pyrobc.dependency import trace_groups
 from pyrobc.errors import GroupError
+from pyrobc.family import Effective
 from pyrobc.lift import lift
 from pyrobc.models.lenet import lenet_5, lenet_5_caffe
 from pyrobc.models.mlp import lenet_300_100
+from pyrobc.slicing import mask_groups, slice_groups
 
 
 class Forward(nn.Module):
@@ -85,7 +88,7 @@ def tied() -> nn.Module:
             nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)),
             torch.randn(1, 3),
             "0",
-            r"tied to 1 \(LayerNorm\)",
+            "layer normalisation.*prune_residual=True",
         ),
         (nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2)), torch.randn(1, 3), "0", "PReLU"),
         (
@@ -196,6 +199,50 @@ def test_inputs_may_be_dicts_and_tuples() -> None:
 def test_a_layer_called_input_does_not_clash_with_the_input_features() -> None:
     net = Forward(lambda n, x: n.out(torch.relu(n.input(x))), input=nn.Linear(4, 3), out=nn.Linear(3, 2))
     assert sizes(net, torch.randn(1, 4)) == {"input:input": 4, "input": 3}
+
+
+def test_modules_that_are_not_used_stay_as_they_are() -> None:
+    net = Forward(lambda n, x: n.b(torch.relu(n.a(x))), a=nn.Linear(4, 3), unused=nn.Linear(3, 3), b=nn.Linear(3, 2))
+    x = torch.randn(5, 4)
+    model = lift(net, "group_horseshoe", "categorical", x)
+    assert set(model.spec.by_name) == {"input", "a"}
+    assert model.spec.left_alone["unused"] == "called 0 times on the example (once is needed)"
+    assert model.spec.parameters["unused.weight"].kind == "other"
+    model(x, torch.zeros(5, dtype=torch.long))
+    assert torch.equal(model.template.unused.weight, net.unused.weight)
+
+
+def test_weights_used_without_a_call_are_no_gated_layer() -> None:
+    """Numbers that a forward pass takes from a layer past its call would miss the gates: it is not lifted."""
+    net = Forward(
+        lambda n, x: n.b(torch.relu(nn.functional.linear(x, n.a.weight))), a=nn.Linear(4, 3), b=nn.Linear(3, 2)
+    )
+    x = torch.randn(5, 4)
+    model = lift(net, "log_uniform", "categorical", x)
+    assert "a" not in model.spec.by_name and "called 0 times" in model.spec.left_alone["a"]
+    effective = Effective({b.name: torch.ones(b.size) for b in model.spec.blocks}, dict(net.named_parameters()))
+    torch.testing.assert_close(model.run(effective, x), net(x))
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_in_place_operations_after_an_add_are_followed(is_training: bool) -> None:
+    net = Forward(
+        lambda n, x: n.head(n.relu((h := n.relu(n.stem(x))) + n.b(n.relu(n.norm(n.a(h))))).mean((2, 3))),
+        stem=nn.Conv2d(2, 4, 1), a=nn.Conv2d(4, 3, 1), norm=nn.BatchNorm2d(3), b=nn.Conv2d(3, 4, 1),
+        head=nn.Linear(4, 2), relu=nn.ReLU(inplace=True),
+    ).train(is_training)  # fmt: skip
+    x = torch.randn(3, 2, 4, 4)
+    spec = trace_groups(net, x)
+    assert {b.name: b.size for b in spec.blocks} == {"stem": 4, "a": 3}
+    kept = {"stem": np.array([0, 3]), "a": np.array([1])}
+    masked, cut = mask_groups(net, spec, kept), slice_groups(net, spec, kept)
+    torch.testing.assert_close(cut(x), masked(x), rtol=0, atol=1e-5)
+    model = lift(net, "log_uniform", "categorical", x)
+    gates = {
+        name: torch.zeros(spec.block(name).size).index_fill(0, torch.as_tensor(i), 1.0) for name, i in kept.items()
+    }
+    lifted = model.run(Effective(gates, dict(net.named_parameters())), x)
+    torch.testing.assert_close(lifted, cut.train(is_training)(x), rtol=0, atol=1e-5)
 
 
 def test_frozen_parameters_are_no_sites_but_can_be_cut() -> None:

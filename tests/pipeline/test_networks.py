@@ -1,4 +1,4 @@
-"""Every network of ``pyrobc.models``: what random plans leave computes what masking gives and costs what was forecast."""
+"""Every network of ``pyrobc.models``: what random plans leave is what masking gives, and costs what was forecast."""
 
 import copy
 import importlib

@@ -44,10 +44,12 @@ class Concatenate(nn.Module):
 
 @st.composite
 def images(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
-    """Convolutions: plain, residual, depthwise and concatenating stages, pooling, flatten or global pooling."""
+    """Convolutions: plain, residual, depthwise, grouped and concatenating stages, pooling, flatten or global pool."""
     width, side = draw(st.integers(2, 5)), draw(st.sampled_from([4, 6]))
     layers: list[nn.Module] = [nn.Conv2d(2, width, 3, padding=1), nn.ReLU()]
-    for stage in draw(st.lists(st.sampled_from(["plain", "residual", "depthwise", "concatenate", "drop"]), max_size=3)):
+    for stage in draw(
+        st.lists(st.sampled_from(["plain", "residual", "depthwise", "grouped", "concatenate", "drop"]), max_size=3)
+    ):
         if stage == "plain":
             new = draw(st.integers(2, 5))
             layers += [nn.Conv2d(width, new, 3, padding=1), nn.BatchNorm2d(new), nn.GELU()]
@@ -56,6 +58,10 @@ def images(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
             layers += [Residual(width, draw(st.integers(2, 4)))]
         elif stage == "depthwise":
             layers += [nn.Conv2d(width, width, 3, padding=1, groups=width), nn.BatchNorm2d(width), nn.ReLU()]
+        elif stage == "grouped":
+            new = 2 * width * draw(st.integers(1, 2))
+            layers += [nn.Conv2d(width, 2 * width, 1), nn.Tanh(), nn.Conv2d(2 * width, new, 3, padding=1, groups=width)]
+            width = new
         elif stage == "concatenate":
             extra = draw(st.integers(2, 3))
             layers += [Concatenate(width, extra)]
@@ -168,6 +174,27 @@ def test_two_cuts_are_one(case: tuple[nn.Module, Tensor], seed: int) -> None:
     assert left.restricted(second).tensors == {n: tuple(t.shape) for n, t in twice.state_dict().items()}
     assert left.forecast(second) == spec.forecast(composed)
     assert left.tensors == {n: tuple(t.shape) for n, t in small.state_dict().items()}
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_a_grouped_convolution_loses_whole_groups(groups: int) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, groups=groups), nn.ReLU(),
+                        nn.Flatten(), nn.Linear(48, 2)).double()  # fmt: skip
+    x = torch.randn(4, 3, 4, 4).double()
+    spec = trace_groups(net, x)
+    assert {b.name: b.size for b in spec.blocks} == {"0": groups}
+    cut = assert_masked_equals_cut(net, spec, {"0": np.array([0, groups - 1])[: groups // 2]}, x)
+    assert (cut[0].out_channels, cut[3].in_channels, cut[3].out_channels, cut[3].groups) == (4, 4, 6, groups // 2)
+
+
+def test_concatenated_channels_keep_their_place_through_a_flatten() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU(), Concatenate(3, 2), nn.BatchNorm2d(5), nn.ReLU(),
+                        Concatenate(5, 2), nn.Flatten(), nn.Linear(28, 3)).double()  # fmt: skip
+    x = torch.randn(4, 2, 2, 2).double()
+    spec = trace_groups(net, x)
+    assert {b.name: b.size for b in spec.blocks} == {"0": 3, "2.branch": 2, "5.branch": 2}
+    for seed in range(5):
+        assert_masked_equals_cut(net, spec, some_kept(spec, seed), x)
 
 
 def test_keeping_everything_changes_nothing() -> None:
