@@ -26,7 +26,7 @@ from pyrobc.family import Effective, Family, make_family
 from pyrobc.groups import GroupSpec, Kept, Member
 from pyrobc.lifted_layers import ChannelGate, LayerLaw, LiftedLayer, OutputGate
 from pyrobc.likelihoods import Likelihood, make_likelihood
-from pyrobc.meanfield import Factor, MeanFieldGuide
+from pyrobc.meanfield import MeanFieldGuide
 from pyrobc.slicing import call_network, slice_groups
 
 __all__ = ["LiftedModel", "lift"]
@@ -77,8 +77,8 @@ class LiftedModel(PyroModule):
         """The family's guide, started from the network's parameters."""
         start = {n: p.detach().to(self.anchor) for n, p in self.template.named_parameters()}
         guide = self.family.guide(self.spec, start)
-        factors: dict[str, Factor] = guide.by_site() | self.likelihood.factors(self.anchor)
-        return MeanFieldGuide(factors)
+        guide.add(self.likelihood.factors(self.anchor))
+        return guide
 
     def forward(self, inputs: Any, targets: Tensor | None = None) -> Tensor:
         """Sample the sites, run the network, observe (or sample) the targets."""

@@ -132,7 +132,12 @@ class MeanFieldGuide(PyroModule):
 
     def __init__(self, factors: Mapping[str, Factor]) -> None:
         super().__init__()
-        self.factors = nn.ModuleDict({name.replace(".", "/"): factor for name, factor in factors.items()})
+        self.factors = nn.ModuleDict()
+        self.add(factors)
+
+    def add(self, factors: Mapping[str, Factor]) -> None:
+        """Factors of further sites."""
+        self.factors.update({name.replace(".", "/"): factor for name, factor in factors.items()})
 
     def by_site(self) -> dict[str, Factor]:
         """Factors by site name."""

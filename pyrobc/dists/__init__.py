@@ -1,5 +1,7 @@
 """Distributions that Pyro lacks, their log-space numerics and their Kullback-Leibler divergences."""
 
+from pyrobc.dists.gamma_ratio_root import GammaRatioRoot
+from pyrobc.dists.gated_normal import GatedNormal
 from pyrobc.dists.half_cauchy_product import HalfCauchyProduct
 from pyrobc.dists.interval import interval_log_mass
 from pyrobc.dists.log_normal_kl import kl_log_normal_gamma, kl_log_normal_inverse_gamma
@@ -9,16 +11,22 @@ from pyrobc.dists.pruned_normal import PrunedNormal
 from pyrobc.dists.restricted import Restricted
 from pyrobc.dists.scale_free import ScaleFree
 from pyrobc.dists.soft_capped import SoftCapped
+from pyrobc.dists.spike_and_slab import SpikeAndSlab
+from pyrobc.dists.switch import Switch
 from pyrobc.dists.truncated_log_normal import TruncatedLogNormal
 from pyrobc.dists.truncated_log_uniform import TruncatedLogUniform
 
 __all__ = [
+    "GammaRatioRoot",
+    "GatedNormal",
     "HalfCauchyProduct",
     "MatrixNormal",
     "PrunedNormal",
     "Restricted",
     "ScaleFree",
     "SoftCapped",
+    "SpikeAndSlab",
+    "Switch",
     "TruncatedLogNormal",
     "TruncatedLogUniform",
     "in_double",

@@ -21,6 +21,7 @@ LAYERS = {
         "dists",
         "errors",
         "family",
+        "gated",
         "groups",
         "meanfield",
         "probing",
