@@ -15,6 +15,7 @@ from pyrobc.dists.spike_and_slab import SpikeAndSlab
 from pyrobc.dists.switch import Switch
 from pyrobc.dists.truncated_log_normal import TruncatedLogNormal
 from pyrobc.dists.truncated_log_uniform import TruncatedLogUniform
+from pyrobc.dists.uniform_scale_normal import UniformScaleNormal
 
 __all__ = [
     "GammaRatioRoot",
@@ -29,6 +30,7 @@ __all__ = [
     "Switch",
     "TruncatedLogNormal",
     "TruncatedLogUniform",
+    "UniformScaleNormal",
     "in_double",
     "interval_log_mass",
     "kl_log_normal_gamma",
