@@ -176,15 +176,16 @@ def evidence(
         for n, found in densities.items()
     )
     multipliers = np.stack([_read_multipliers(one, draws) for one, draws in zip(fits, chains, strict=True)])
-    with seeded(seed), torch.no_grad():
-        from_prior = [posterior.model.family.sample_prior(posterior.model.priors()) for _ in range(num_draws)]
+    scales = posterior.scales()
+    with seeded(seed):
+        prior = [scales[b.name].prior.sample(torch.Size((num_draws,))).cpu().numpy() for b in spec.blocks]
     bmr = {"delta_f": _flat(score, score.delta_f), "mcse": _flat(score, score.mcse), "log_odds": log_odds}
     bmr["khat"] = _change_khats(posterior, score, max(num_draws, 1000), seed)
     if others:
         bmr["rhat"], bmr["ess"] = diagnose_chains(multipliers)
     tree = build_tree(
         multipliers=multipliers,
-        prior=_read_multipliers(posterior, from_prior)[None],
+        prior=np.concatenate(prior, axis=1)[None],
         log_lik=full_log_lik,
         reduced=chosen_log_lik[None],
         predicted=predicted,
