@@ -9,7 +9,7 @@ to inference (see ``fit``).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -92,6 +92,10 @@ class LiftedModel(PyroModule):
 
     def run(self, effective: Effective, inputs: Any) -> Tensor:
         """The network's output for given gates and parameters; no sampling of sites."""
+        return first_tensor(self.call(effective, inputs))
+
+    def call(self, effective: Effective, inputs: Any, function: Callable[[nn.Module, Any], Any] = call_network) -> Any:
+        """What ``function`` makes of the network, whose layers have these gates and parameters, and of inputs."""
         parameters, variances = dict(effective.parameters), dict(effective.variances)
         for name in self._shared & variances.keys():  # uses of one weight share its noise, which pre-activations do not
             spread = variances.pop(name).sqrt()
@@ -119,10 +123,8 @@ class LiftedModel(PyroModule):
             )
         try:
             if not others:
-                return first_tensor(call_network(net, inputs))
-            args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, Mapping) else (inputs,)
-            kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
-            return first_tensor(functional_call(net, others, args, kwargs))
+                return function(net, inputs)
+            return functional_call(_Call(net, function), {f"net.{n}": value for n, value in others.items()}, (inputs,))
         finally:
             for _, layer in self._layers:
                 layer.law = None
@@ -164,6 +166,17 @@ class LiftedModel(PyroModule):
         model = LiftedModel(small, self.spec.restricted(kept), self.family, self.likelihood, self.example_inputs)
         model.num_data = self.num_data
         return model
+
+
+class _Call(nn.Module):
+    """A function of a network as a module, for tensors to be put in place of the network's own."""
+
+    def __init__(self, net: nn.Module, function: Callable[[nn.Module, Any], Any]) -> None:
+        super().__init__()
+        self.net, self.function = net, function
+
+    def forward(self, inputs: Any) -> Any:
+        return self.function(self.net, inputs)
 
 
 def lift(

@@ -9,6 +9,9 @@ so one draw per pre-activation replaces one draw per weight.  Without variances 
 
 Where a block's gate acts on what makes it, the pre-activation is multiplied, noise and all.
 
+Instead of numbers a layer also takes the mean and covariance of its input, and gives those of its output
+(``propagate``; see ``pyrobc.moments``).
+
 A convolution (and a linear layer on a sequence) reads each weight at several positions of one example.  Each position
 has the law above, but draws separately what positions share: correlations between them are left out.
 """
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrobc.groups import Member
+from pyrobc.moments import Moments, propagate_affine
 from pyrobc.slicing import SelectLinear
 
 __all__ = ["ChannelGate", "LayerLaw", "LiftedLayer", "OutputGate"]
@@ -78,15 +82,20 @@ class ChannelGate(nn.Module):
 
     def multiply(self, h: Tensor, gates: Mapping[str, Tensor], channel: int = -1) -> Tensor:
         """``h`` with its axis ``channel`` gated, 1 or -1; gates that were drawn go to equal runs of examples."""
+        factor = self.broadcast(h, gates, channel)
+        return h if factor is None else h * factor
+
+    def broadcast(self, h: Tensor, gates: Mapping[str, Tensor], channel: int) -> Tensor | None:
+        """What ``h`` is multiplied with, broadcast against it; None where nothing is gated."""
         if not self.blocks or not gates:
-            return h
+            return None
         gate = cast(Tensor, self(gates))
         if gate.dim() == 2 and gate.shape[0] != h.shape[0] > 1:
             runs = torch.arange(h.shape[0], device=h.device) * gate.shape[0] // h.shape[0]
             gate = gate.index_select(0, runs)
         if channel == 1:
-            return h * gate.reshape(gate.shape + (1,) * (h.dim() - 2))
-        return h * (gate if gate.dim() == 1 else gate.reshape(gate.shape[0], *(1,) * (h.dim() - 2), gate.shape[-1]))
+            return gate.reshape(gate.shape + (1,) * (h.dim() - 2))
+        return gate if gate.dim() == 1 else gate.reshape(gate.shape[0], *(1,) * (h.dim() - 2), gate.shape[-1])
 
 
 class OutputGate(ChannelGate):
@@ -160,9 +169,7 @@ class LiftedLayer(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Gate the input, then the affine map, with noise on the pre-activation where weights have variances."""
-        law = cast(LayerLaw, self.law)
-        weight = cast(Tensor, self.frozen_weight if law.weight is None else law.weight)
-        bias = self.frozen_bias if law.bias is None else law.bias
+        law, weight, bias = self._read_law()
         if self.select is not None:
             h = h.index_select(-1, self.select)
         channel = -1 if self.convolution is None else 1
@@ -172,6 +179,23 @@ class LiftedLayer(nn.Module):
             variance = self._affine(h.square(), law.weight_variance, law.bias_variance)
             output = output + variance.clamp_min(_SMALLEST_VARIANCE).sqrt() * torch.randn_like(output)
         return self.emitted.multiply(output, law.gates, channel)
+
+    def propagate(self, moments: Moments) -> Moments:
+        """The same for an input of which mean and covariance are known; no noise is drawn."""
+        law, weight, bias = self._read_law()
+        if self.select is not None:
+            moments = moments.selected_features(self.select)
+        channel = -1 if self.convolution is None else 1
+        if (factor := self.consumed.broadcast(moments.mean, law.gates, channel)) is not None:
+            moments = moments.scaled(factor)
+        output = propagate_affine(self.convolution, moments, weight, bias, law.weight_variance, law.bias_variance)
+        factor = self.emitted.broadcast(output.mean, law.gates, channel)
+        return output if factor is None else output.scaled(factor)
+
+    def _read_law(self) -> tuple[LayerLaw, Tensor, Tensor | None]:
+        law = cast(LayerLaw, self.law)
+        weight = cast(Tensor, self.frozen_weight if law.weight is None else law.weight)
+        return law, weight, self.frozen_bias if law.bias is None else law.bias
 
     def _affine(self, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.convolution is None:
