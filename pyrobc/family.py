@@ -39,6 +39,7 @@ __all__ = [
     "Laws",
     "ReducedPrior",
     "Reference",
+    "UngatedFamily",
     "families",
     "make_family",
     "normal_prior",
@@ -88,10 +89,18 @@ class Effective:
 
 @dataclass(frozen=True)
 class GroupScale:
-    """Posterior and prior law of the multiplier of each group of a block; batch shape ``[groups]``."""
+    """Posterior and prior law of the multiplier of each group of a block; batch shape ``[groups]``.
+
+    Attributes:
+        posterior: law under the guide.
+        prior: law under the prior.
+        size: None where the multiplier is a gate.  In a family without gates the multiplier is the size of the group's
+            own weights, and this is what it is in the network that is deployed.
+    """
 
     posterior: Distribution
     prior: Distribution
+    size: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +227,29 @@ class Family(ABC):
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.settings().items())
         return f"{type(self).__name__}({arguments})"
+
+
+class UngatedFamily(Family):
+    """Abstract: Normal laws of parameters and no gates, so that every multiplier in the network is one."""
+
+    posterior_on: ClassVar[Literal["gate", "weight"]] = "weight"
+
+    def combine(self, values: Mapping[str, Tensor], spec: GroupSpec) -> Effective:
+        """Parameters as they are."""
+        like = next(iter(values.values()))
+        ones = {block.name: like.new_ones(block.size) for block in spec.blocks}
+        return Effective(ones, {name: values[name] for name in spec.parameters})
+
+    def draw_local(self, laws: Laws, spec: GroupSpec, num_examples: int) -> Effective:
+        """Means and variances of weights and biases: little is left to draw."""
+        normals = {name: laws[name].base_dist for name in spec.parameters}
+        drawn = {n: q.rsample() for n, q in normals.items() if spec.parameters[n].kind in ("scale", "other")}
+        means = {name: normal.loc for name, normal in normals.items()} | drawn
+        return Effective({}, means, {n: q.scale.square() for n, q in normals.items() if n not in drawn})
+
+    def mean(self, laws: Laws, spec: GroupSpec) -> Effective:
+        """Posterior means."""
+        return self.combine({name: law.mean for name, law in laws.items()}, spec)
 
 
 _REGISTRY: dict[str, type[Family]] = {}

@@ -24,7 +24,7 @@ from pyrobc.errors import CheckpointError, FitError, check_kind
 from pyrobc.groups import Kept
 from pyrobc.lift import LiftedModel
 from pyrobc.meanfield import MeanFieldGuide
-from pyrobc.negligible import DEFAULT_EPSILON, negligible_thresholds
+from pyrobc.negligible import DEFAULT_EPSILON, find_sizes, negligible_thresholds
 from pyrobc.objective import Loss, fast_loss, split_laws, traced_loss
 from pyrobc.posterior import Posterior, evaluating, measure_input_rms
 from pyrobc.settings import PATHS, check_settings, describe_batch, describe_schedule
@@ -261,7 +261,7 @@ def _look(run: Training, inputs: Any, targets: Tensor) -> dict[str, float]:
     stay = float(sum(block.size for block in model.spec.blocks))
     if scales:  # folded families have none: every group that is there matters
         rms = measure_input_rms(model, mean, [(inputs, targets)])
-        thresholds = negligible_thresholds(model.spec, mean, rms, DEFAULT_EPSILON)
+        thresholds = negligible_thresholds(model.spec, mean, rms, DEFAULT_EPSILON, sizes=find_sizes(scales))
         stay = math.nan
         if not any(bool(threshold.isnan().any()) for threshold in thresholds.values()):
             stay = sum(

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyrobc.errors import FamilyError, suggest
-from pyrobc.family import Effective, Family, GroupScale, Laws, ReducedPrior, normal_prior
+from pyrobc.family import Family, GroupScale, Laws, ReducedPrior, UngatedFamily, normal_prior
 from pyrobc.groups import GroupSpec
 from pyrobc.lift import LiftedModel
 from pyrobc.lifted_layers import LiftedLayer
@@ -48,7 +48,7 @@ _SMALLEST_SCALE = 1e-6
 PriorLaw = Literal["normal", "laplace"]
 
 
-class FoldedFamily(Family, is_registered=False):
+class FoldedFamily(UngatedFamily, is_registered=False):
     """Normal weights that were another family's; it has no scales, so groups are not scored with it.
 
     Args:
@@ -58,7 +58,6 @@ class FoldedFamily(Family, is_registered=False):
     """
 
     name: ClassVar[str] = "folded"
-    posterior_on: ClassVar[Literal["gate", "weight"]] = "weight"
 
     def __init__(self, origin: Family, prior_scales: Mapping[str, float], law: PriorLaw = "normal") -> None:
         self.origin, self.prior_scales, self.law = origin, dict(prior_scales), law
@@ -79,23 +78,6 @@ class FoldedFamily(Family, is_registered=False):
         """Normals at the network's parameters, a tenth of the prior wide."""
         scales = {n: max(0.1 * self.prior_scales[n], _SMALLEST_SCALE) for n in spec.parameters}
         return MeanFieldGuide({n: NormalFactor(start[n], math.log(scales[n])) for n in spec.parameters})
-
-    def combine(self, values: Mapping[str, Tensor], spec: GroupSpec) -> Effective:
-        """Weights as they are; every multiplier is one."""
-        like = next(iter(values.values()))
-        ones = {block.name: like.new_ones(block.size) for block in spec.blocks}
-        return Effective(ones, {name: values[name] for name in spec.parameters})
-
-    def draw_local(self, laws: Laws, spec: GroupSpec, num_examples: int) -> Effective:
-        """Means and variances: nothing is left to draw."""
-        normals = {name: laws[name].base_dist for name in spec.parameters}
-        drawn = {n: q.rsample() for n, q in normals.items() if spec.parameters[n].kind in ("scale", "other")}
-        means = {name: normal.loc for name, normal in normals.items()} | drawn
-        return Effective({}, means, {n: q.scale.square() for n, q in normals.items() if n not in drawn})
-
-    def mean(self, laws: Laws, spec: GroupSpec) -> Effective:
-        """Posterior means."""
-        return self.combine({name: law.mean for name, law in laws.items()}, spec)
 
     def scales(self, laws: Laws, priors: Laws, spec: GroupSpec) -> dict[str, GroupScale]:
         """None: the scales were folded."""
@@ -141,7 +123,7 @@ def fold_scales(posterior: Posterior) -> Posterior:
             f"scales of {', '.join(rows)}", got="gates on rows (a residual stream, or queries)",
             allowed="gates on what layers read", fix="lift without prune_residual and head_dims",
         )  # fmt: skip
-    laws = {name: scale.posterior for name, scale in posterior.scales().items()}
+    laws = {name: scale.posterior for name, scale in posterior.scales().items() if scale.size is None}
     first = {name: law.mean.to(model.anchor) for name, law in laws.items()}
     second = {name: (law.variance + law.mean.square()).to(model.anchor) for name, law in laws.items()}
     factors: dict[str, Factor] = {}
@@ -151,7 +133,7 @@ def fold_scales(posterior: Posterior) -> Posterior:
         elif site in spec.parameters:
             assert isinstance(factor, NormalFactor)
             layer = _find_reader(model, site)
-            gates = (None, None) if layer is None else (layer.input_gate(first), layer.input_gate(second))
+            gates = (None, None) if layer is None or not laws else (layer.input_gate(first), layer.input_gate(second))
             factors[site] = _fold(factor, *gates)
     plain = posterior.to_module()  # frozen weights have no site: what they read is scaled here
     scales = {n: _fit_scale(f, spec.parameters[n].kind) for n, f in factors.items() if n in spec.parameters}
@@ -211,7 +193,7 @@ def _find_reader(model: LiftedModel, site: str) -> LiftedLayer | None:
 
 def _fold(factor: NormalFactor, first: Tensor | None, second: Tensor | None) -> NormalFactor:
     loc: Tensor = factor.loc
-    variance = (2 * factor.log_scale).exp()
+    variance = (2 * factor.log_scale).exp().expand_as(loc)
     if first is not None and second is not None:
         shape = (1, -1, *(1,) * (loc.dim() - 2))
         mean = loc * first.reshape(shape)

@@ -26,7 +26,10 @@ __all__ = ["Factor", "LogNormalFactor", "MeanFieldGuide", "NormalFactor", "Point
 
 
 class Factor(nn.Module):
-    """The variational law of one site; every parameter of a factor has the shape of the site, but the ``unsliced``."""
+    """The variational law of one site; every parameter of a factor has the shape of the site, but the ``unsliced``.
+
+    Along axes that share a number it has one.
+    """
 
     lr_scale: float = 1.0
     """Multiplier of the learning rate for this factor's parameters."""
@@ -189,11 +192,13 @@ def slice_site(
 ) -> Tensor:
     """What a cut leaves of a tensor of a site's shape: kept rows and columns of a parameter, kept groups of a block.
 
+    An axis along which the tensor has one number for all of the parameter's stays.
+
     ``indices`` is ``spec.kept_indices(kept)``, worked out once for many sites.
     """
     if site in spec.parameters:
         for axis in range(value.dim()):
-            if (site, axis) in indices:
+            if (site, axis) in indices and value.shape[axis] == spec.tensors[site][axis]:
                 value = value.index_select(axis, torch.as_tensor(indices[site, axis], device=value.device))
         return value
     block = spec.by_name.get(site.rpartition(".")[0])

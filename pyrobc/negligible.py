@@ -15,7 +15,8 @@ product of what queries and keys have there, :math:`\sum_i r_i^2 E[w_{gi}]^2 + E
 and :math:`T^2` the sum over all dimensions of :math:`E[z_g]^2 c_g^2`.
 
 A threshold is capped where the ROPE would hold more than 99% of the prior, so that a group which
-carries nothing at all still has finite odds.
+carries nothing at all still has finite odds.  Without gates the multiplier is the size of the group's own weights, to
+which what it carries is proportional: its threshold is the same, in units of the size that is deployed.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyrobc.dists import interval_log_mass
-from pyrobc.family import Effective
+from pyrobc.family import Effective, GroupScale
 from pyrobc.groups import Block, GroupSpec
 
-__all__ = ["DEFAULT_EPSILON", "negligible_thresholds"]
+__all__ = ["DEFAULT_EPSILON", "find_sizes", "negligible_thresholds"]
 
 DEFAULT_EPSILON = 1e-2
 """Share of a layer's input below which a group is negligible, unless the user says otherwise."""
@@ -45,6 +46,7 @@ def negligible_thresholds(
     input_rms: Mapping[str, Tensor],
     epsilon: float,
     priors: Mapping[str, Distribution] | None = None,
+    sizes: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Multiplier of each group below which its share is under ``epsilon``, by block, float64.
 
@@ -54,6 +56,7 @@ def negligible_thresholds(
         input_rms: root mean square of every input channel of each reading layer, by weight path; ones if absent.
         epsilon: the largest negligible share.
         priors: prior law of the multipliers, by block, for the cap; None for no cap.
+        sizes: multipliers of the network that is deployed where they are no gates (``GroupScale.size``), by block.
     """
     power: dict[str, Tensor] = {}
     received: dict[str, Tensor] = {}
@@ -73,16 +76,17 @@ def negligible_thresholds(
     for block in spec.blocks:
         like = mean.gates[block.name].double()
         bound = torch.full_like(like, torch.inf) if priors is None else _prior_cap(priors[block.name], like)
+        unit = sizes[block.name].clamp_min(1e-30) if sizes else torch.ones_like(like)
         if not block.readers:
             carried = _product_power(block, mean, input_rms)
             total = (carried * like.square()).sum()
-            bound = torch.minimum(bound, epsilon * (total / carried.clamp_min(1e-300)).sqrt())
+            bound = torch.minimum(bound, unit * epsilon * (total / carried.clamp_min(1e-300)).sqrt())
         for member in block.readers:
             index = torch.as_tensor(member.indices, device=bound.device).sort().values
             owner = torch.as_tensor(member.group_of_index(), device=bound.device)
             carried = bound.new_zeros(block.size).index_add(0, owner, power[member.parameter][index])
             total = received[member.parameter].sum()
-            bound = torch.minimum(bound, epsilon * (total / carried.clamp_min(1e-300)).sqrt())
+            bound = torch.minimum(bound, unit * epsilon * (total / carried.clamp_min(1e-300)).sqrt())
         thresholds[block.name] = bound
     return thresholds
 
@@ -97,6 +101,11 @@ def _product_power(block: Block, mean: Effective, input_rms: Mapping[str, Tensor
             rows = rows + mean.parameters[bias].detach().double().square()
         power = power * rows[torch.as_tensor(member.indices, device=power.device)]
     return power
+
+
+def find_sizes(scales: Mapping[str, GroupScale]) -> dict[str, Tensor]:
+    """Multipliers of the network that is deployed, by block, where they are no gates."""
+    return {name: scale.size for name, scale in scales.items() if scale.size is not None}
 
 
 def _column_power(weight: str, mean: Effective, input_rms: Mapping[str, Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from pyrobc.groups import Kept
 from pyrobc.lift import LiftedModel
 from pyrobc.lifted_layers import LiftedLayer
 from pyrobc.meanfield import MeanFieldGuide, slice_site
-from pyrobc.negligible import negligible_thresholds
+from pyrobc.negligible import find_sizes, negligible_thresholds
 from pyrobc.objective import split_laws
 
 __all__ = ["Posterior", "evaluating", "measure_input_rms"]
@@ -64,8 +64,9 @@ class Posterior:
 
     def thresholds(self, epsilon: float) -> dict[str, Tensor]:
         """Multiplier below which each group carries less than a share ``epsilon`` of what its readers receive."""
-        priors = {name: scale.prior for name, scale in self.scales().items()}
-        return negligible_thresholds(self.model.spec, self.mean(), self.input_rms, epsilon, priors)
+        scales = self.scales()
+        priors = {name: scale.prior for name, scale in scales.items()}
+        return negligible_thresholds(self.model.spec, self.mean(), self.input_rms, epsilon, priors, find_sizes(scales))
 
     def to_module(self) -> nn.Module:
         """A plain network at the posterior mean, gates folded into weights; nothing is pruned yet."""
