@@ -152,6 +152,7 @@ class Family(ABC):
         name: registry key.
         posterior_on: whether noise sits on gates (weights are points) or on weights as well.
         has_closed_form_kl: every site's KL is analytic.
+        path: the road of ``fit`` that is the method's own (see there).
         default_reduction: key into ``reduced()`` that decisions use.
         references: what to cite.
     """
@@ -159,6 +160,7 @@ class Family(ABC):
     name: ClassVar[str] = ""
     posterior_on: ClassVar[Literal["gate", "weight"]]
     has_closed_form_kl: ClassVar[bool] = True
+    path: ClassVar[Literal["fast", "traced", "moments"]] = "fast"
     default_reduction: ClassVar[str] = "rope"
     references: ClassVar[tuple[Reference, ...]] = ()
 

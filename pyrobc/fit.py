@@ -24,8 +24,9 @@ from pyrobc.errors import CheckpointError, FitError, check_kind
 from pyrobc.groups import Kept
 from pyrobc.lift import LiftedModel
 from pyrobc.meanfield import MeanFieldGuide
+from pyrobc.moment_loss import MomentLoss
 from pyrobc.negligible import DEFAULT_EPSILON, find_sizes, negligible_thresholds
-from pyrobc.objective import Loss, fast_loss, split_laws, traced_loss
+from pyrobc.objective import Loss, LossFactory, fast_loss, split_laws, traced_loss
 from pyrobc.posterior import Posterior, evaluating, measure_input_rms
 from pyrobc.settings import PATHS, check_settings, describe_batch, describe_schedule
 from pyrobc.training import Training
@@ -36,7 +37,7 @@ OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 ScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 Prune = Callable[[Posterior], Kept | None]
 _PRUNING_ROWS = 2_000  # whose activations tell how much a group carries, after every epoch
-_LOSSES = dict(zip(PATHS, (fast_loss, traced_loss), strict=True))
+_LOSSES: dict[str, LossFactory] = dict(zip(PATHS, (fast_loss, traced_loss, MomentLoss()), strict=True))
 
 
 def fit(
@@ -55,7 +56,7 @@ def fit(
     validation: Any = None,
     patience: int | None = None,
     checkpoint: str | Path | None = None,
-    path: Literal["fast", "traced"] = "fast",
+    path: Literal["fast", "traced", "moments"] | LossFactory | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     guide: MeanFieldGuide | None = None,
@@ -81,7 +82,7 @@ def fit(
         validation: held-out data for early stopping.
         patience: epochs without a better validation loss before stopping; the best state is restored.
         checkpoint: file written after every epoch and resumed from if it exists.
-        path: ``fast`` (local draws) or ``traced`` (Pyro's ELBO module); same expectation.
+        path: ``fast`` (local draws), ``traced`` (Pyro's ELBO), ``moments`` or a ``MomentLoss``; None: the family's.
         device: where to train.
         dtype: ``torch.float32`` or ``torch.float64``.
         guide: start from this guide instead of a new one (re-adapting after a cut).
@@ -100,7 +101,7 @@ def fit(
         batch_size=batch_size, patience=patience, validation=validation, path=path,
     )  # fmt: skip
     check_kind(model, LiftedModel, "model", "what bc.lift returns", "pass bc.lift(net, family, likelihood, x[:1])")
-    model = model.to(device=device, dtype=dtype)
+    path, model = path or model.family.path, model.to(device=device, dtype=dtype)
     guide = (guide or model.new_guide()).to(model.anchor)
     loader = as_loader(data, batch_size=batch_size)
     held_out = None if validation is None else as_loader(validation, batch_size=1024, shuffle=False)
@@ -122,7 +123,7 @@ def fit(
         "schedule": describe_schedule(run.schedule),
         "temperature": [temperature, warmup_epochs],
         "clip_norm": clip_norm,
-        "path": path,
+        "path": str(path),
         "rows": [num_data, getattr(loader, "batch_size", None)],
         "deleted weights": guide.count_deleted() or None,
         "prune": getattr(prune, "__qualname__", None if prune is None else repr(prune)),
@@ -145,7 +146,8 @@ def fit(
                 allowed="a checkpoint of a run that is not longer",
                 fix="ask for as many epochs, or remove the checkpoint to start again",
             )
-    loss = _LOSSES[path](model, guide, num_data)
+    make_loss = path if callable(path) else _LOSSES[path]
+    loss = make_loss(run.model, run.guide, num_data)
     bar = tqdm(total=epochs, initial=run.epoch, desc=f"fit {model.family.name}", disable=not progress, unit="epoch")
     with pyro.get_param_store().scope(), bar:
         while run.epoch < epochs and not _is_stale(run, patience):
@@ -159,7 +161,7 @@ def fit(
             _step_schedule(run.schedule, numbers)
             run.history.append(numbers)
             if prune is not None and _cut_groups(run, prune, loader, num_data, seed):
-                loss = _LOSSES[path](run.model, run.guide, num_data)
+                loss = make_loss(run.model, run.guide, num_data)
             if target is not None:
                 save = getattr(prune, "state_dict", dict)
                 write_checkpoint(target, identity, run.state() | {"prune": save()})

@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 
 from pyrobc.errors import ConfigError, DataError, suggest
 from pyrobc.meanfield import Factor, LogNormalFactor
+from pyrobc.moments import Moments
 
 __all__ = ["Bernoulli", "Categorical", "Likelihood", "Normal", "make_likelihood"]
 
@@ -34,6 +35,13 @@ class Likelihood(ABC):
     @abstractmethod
     def check(self, targets: Tensor, outputs: Tensor) -> None:
         """Raise a ``DataError`` for targets that this likelihood cannot have produced."""
+
+    @abstractmethod
+    def curvature(self, moments: Moments, values: Mapping[str, Tensor]) -> Tensor:
+        """Trace of covariance times minus the Hessian of the log likelihood in the outputs, at their mean, per row.
+
+        Half of it is what noise of the outputs costs in expected log likelihood, to second order, in nats.
+        """
 
     def priors(self, like: Tensor) -> dict[str, Distribution]:
         """Prior of the likelihood's own sites."""
@@ -57,6 +65,13 @@ class Categorical(Likelihood):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """One where the most probable class is not the target."""
         return (outputs.argmax(-1) != targets).to(outputs.dtype)
+
+    def curvature(self, moments: Moments, values: Mapping[str, Tensor]) -> Tensor:
+        """Of probabilities p: the sum of p times variance, less the variance of their mean under p."""
+        p = moments.mean.softmax(-1)
+        if not moments.is_full:
+            return (p * (1 - p) * moments.variance).sum(-1)
+        return (p * moments.variance).sum(-1) - torch.einsum("ri,rij,rj->r", p, moments.covariance, p)
 
     def check(self, targets: Tensor, outputs: Tensor) -> None:
         """Integer labels between 0 and the number of outputs."""
@@ -92,6 +107,10 @@ class Normal(Likelihood):
         """Squared error, summed over outputs."""
         return (outputs - targets).square().reshape(len(outputs), -1).sum(1)
 
+    def curvature(self, moments: Moments, values: Mapping[str, Tensor]) -> Tensor:
+        """Variances in units of the noise's: exact, as the log likelihood is quadratic."""
+        return moments.variance.flatten(1).sum(1) / values["y.scale"].square()
+
     def check(self, targets: Tensor, outputs: Tensor) -> None:
         """Finite reals of the outputs' shape."""
         _check_reals(targets, outputs)
@@ -120,6 +139,11 @@ class Bernoulli(Likelihood):
         """Share of wrong signs per row."""
         wrong = (outputs > 0) != (targets > 0.5)
         return wrong.to(outputs.dtype).reshape(len(outputs), -1).mean(1)
+
+    def curvature(self, moments: Moments, values: Mapping[str, Tensor]) -> Tensor:
+        """p(1 - p) times the variance of each logit."""
+        p = moments.mean.sigmoid()
+        return (p * (1 - p) * moments.variance).flatten(1).sum(1)
 
     def check(self, targets: Tensor, outputs: Tensor) -> None:
         """Zeros and ones of the outputs' shape."""

@@ -1,4 +1,4 @@
-r"""The training objective, by two roads that a test holds equal.
+r"""The training objective, by roads of which a test holds two equal.
 
 .. math::
     -\mathrm{ELBO}_T = -\frac{N}{B}\sum_{n\in\text{batch}} E_q\ln p(y_n|x_n,\theta) + T \sum_s c_s KL(q_s\|p_s)
@@ -9,7 +9,8 @@ over sites s, with the family's ``kl_weights`` :math:`c_s`: ones, but where a pu
 The *traced* road is Pyro's ``TraceMeanField_ELBO`` on the lifted model: one global draw a step.  The *fast* road asks
 the family for a local draw (noise per example, Normal weights integrated per pre-activation) and adds the same analytic
 KLs: the same expectation with less variance and without tracing.  (Where Normal weights are read at several positions
-of one example, as by a convolution, local draws leave out correlations between positions.)
+of one example, as by a convolution, local draws leave out correlations between positions.)  A third, which draws no
+weights, is in ``pyrobc.moment_loss``; it shares the KLs (``analytic_loss``).
 """
 
 from __future__ import annotations
@@ -23,28 +24,42 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
+from pyrobc.family import Effective
 from pyrobc.lift import LiftedModel
 from pyrobc.meanfield import MeanFieldGuide
 
-__all__ = ["fast_loss", "split_laws", "traced_loss"]
+__all__ = ["Loss", "LossFactory", "analytic_loss", "fast_loss", "split_laws", "traced_loss"]
 
 Loss = Callable[[Any, Tensor, float], Tensor]
+LossFactory = Callable[[LiftedModel, MeanFieldGuide, int], Loss]
+LogLikelihood = Callable[[LiftedModel, Effective, Any, Tensor, Mapping[str, Tensor]], Tensor]
+"""``(model, effective, inputs, targets, values of the likelihood's sites) -> nats per row``."""
 
 
 def fast_loss(model: LiftedModel, guide: MeanFieldGuide, num_data: int) -> Loss:
     """``loss(inputs, targets, temperature)`` in nats, by local draws and analytic KLs."""
+
+    def draw(
+        model: LiftedModel, effective: Effective, inputs: Any, targets: Tensor, values: Mapping[str, Tensor]
+    ) -> Tensor:
+        return model.likelihood.distribution(model.run(effective, inputs), values).log_prob(targets)
+
+    return analytic_loss(model, guide, num_data, draw)
+
+
+def analytic_loss(model: LiftedModel, guide: MeanFieldGuide, num_data: int, log_likelihood: LogLikelihood) -> Loss:
+    """``loss(inputs, targets, temperature)`` in nats, by analytic KLs and what ``log_likelihood`` says of a batch."""
     priors, weights = model.priors(), model.family.kl_weights(model.spec, num_data)
 
     def loss(inputs: Any, targets: Tensor, temperature: float) -> Tensor:
         laws = guide.distributions()
         own, extra = split_laws(model, laws)
         effective = model.family.draw_local(own, model.spec, len(targets))
-        outputs = model.run(effective, inputs)
         scales = {name: law.rsample() for name, law in extra.items()}
-        log_likelihood = model.likelihood.distribution(outputs, scales).log_prob(targets).sum()
+        fit = log_likelihood(model, effective, inputs, targets, scales).sum()
         own_kl, extra_kl = model.family.kl(own, priors), _likelihood_kl(extra, priors)
         kl = sum(value * weights.get(site, 1.0) for site, value in (own_kl | extra_kl).items())
-        return temperature * kl - log_likelihood * (num_data / len(targets))
+        return temperature * kl - fit * (num_data / len(targets))
 
     return loss
 

@@ -10,7 +10,7 @@ from pyrobc.errors import FitError, suggest
 
 __all__ = ["PATHS", "check_settings", "describe_batch", "describe_schedule"]
 
-PATHS = ("fast", "traced")
+PATHS = ("fast", "traced", "moments")
 
 
 def check_settings(
@@ -24,10 +24,11 @@ def check_settings(
     batch_size: int = 128,
     patience: int | None = None,
     validation: Any = None,
-    path: str = "fast",
+    path: Any = None,
 ) -> None:
     """Raise a ``FitError`` for the first setting of ``fit`` that makes no sense."""
     is_whole = isinstance(epochs, int) and isinstance(warmup_epochs, int) and isinstance(batch_size, int)
+    is_path = path is None or callable(path) or path in PATHS
     rules = (
         ("epochs", epochs, is_whole and epochs >= 1, "1 or more", "pass epochs=60, for instance"),
         ("seed", seed, isinstance(seed, int) and seed >= 0, "a whole number from 0", "pass seed=0, for instance"),
@@ -37,7 +38,7 @@ def check_settings(
         ("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "a positive number or None", "pass clip_norm=10"),
         ("batch_size", batch_size, is_whole and batch_size >= 1, "a whole number from 1", "pass batch_size=128"),
         ("patience", patience, patience is None or patience >= 1, "1 or more epochs, or None", "pass patience=10"),
-        ("path", path, path in PATHS, ", ".join(PATHS), suggest(path, PATHS)),
+        ("path", path, is_path, ", ".join(PATHS), suggest(str(path), PATHS)),
     )
     for name, value, is_fine, allowed, fix in rules:
         if not is_fine:
