@@ -48,9 +48,12 @@ if TYPE_CHECKING:
     from pyrobc.likelihoods import Bernoulli as Bernoulli
     from pyrobc.likelihoods import Categorical as Categorical
     from pyrobc.likelihoods import Normal as Normal
+    from pyrobc.moment_loss import MomentLoss as MomentLoss
     from pyrobc.plan import Plan as Plan
     from pyrobc.plan import read_plan as read_plan
     from pyrobc.posterior import Posterior as Posterior
+    from pyrobc.predictive import keep_covariance as keep_covariance
+    from pyrobc.predictive import propagate as propagate
     from pyrobc.pruning import PruneEachEpoch as PruneEachEpoch
     from pyrobc.pruning import prune_in_steps as prune_in_steps
     from pyrobc.report import compression_table as compression_table
@@ -64,12 +67,13 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "Bernoulli": "likelihoods", "Categorical": "likelihoods", "Diagnosis": "diagnose", "Evidence": "evidence",
-    "Family": "family", "Normal": "likelihoods", "Plan": "plan", "Posterior": "posterior", "PruneEachEpoch": "pruning",
-    "Result": "compress", "Score": "scores", "apply": "surgery", "compare": "compare", "compress": "compress",
-    "compression_table": "report", "decide": "decide", "diagnose": "diagnose", "evidence": "evidence", "fit": "fit",
-    "fold_scales": "folding", "lift": "lift", "load": "export", "move_to_grid": "gridding",
-    "prune_in_steps": "pruning", "prune_weights": "weights", "read_plan": "plan", "save": "export", "score": "scores",
-    "score_weights": "weights", "sparsify": "sparsify", "write_report": "report",
+    "Family": "family", "MomentLoss": "moment_loss", "Normal": "likelihoods", "Plan": "plan", "Posterior": "posterior",
+    "PruneEachEpoch": "pruning", "Result": "compress", "Score": "scores", "apply": "surgery", "compare": "compare",
+    "compress": "compress", "compression_table": "report", "decide": "decide", "diagnose": "diagnose",
+    "evidence": "evidence", "fit": "fit", "fold_scales": "folding", "keep_covariance": "predictive", "lift": "lift",
+    "load": "export", "move_to_grid": "gridding", "propagate": "predictive", "prune_in_steps": "pruning",
+    "prune_weights": "weights", "read_plan": "plan", "save": "export", "score": "scores", "score_weights": "weights",
+    "sparsify": "sparsify", "write_report": "report",
 }  # fmt: skip
 _PACKAGES = ("bits", "bmr", "codec", "dists", "errors", "families", "guides", "models", "rules")
 
