@@ -112,6 +112,21 @@ def test_the_expected_log_likelihood_to_second_order(name: str, is_full: bool) -
     assert bool(((log_probs.mean(0) - expected).abs() < 4 * log_probs.std(0) / 200 + 2e-3).all())
 
 
+def test_the_loss_is_the_expected_log_likelihood_of_draws() -> None:
+    x, y = torch.randn(4, 5).double(), torch.randint(0, 3, (4,))
+    model = lift(nn.Sequential(nn.Linear(5, 3)).double(), "moment_propagation", "categorical", x[:1])
+    laws = model.new_guide().distributions()
+    with torch.no_grad():
+        effective = model.family.draw_local(laws, model.spec, 4)
+        got = MomentLoss().log_likelihood(model, effective, x, y, {})
+        weights, biases = (laws[name].sample((40_000,)) for name in ("0.weight", "0.bias"))
+        outputs = torch.einsum("sko,ro->srk", weights, x) + biases.unsqueeze(1)
+        draws = outputs.log_softmax(2)[:, torch.arange(4), y]
+        at_mean = model.run(model.family.mean(laws, model.spec), x).log_softmax(1)[torch.arange(4), y]
+    error = (draws.mean(0) - got).abs()
+    assert bool((error < 0.2 * (draws.mean(0) - at_mean).abs() + 4 * draws.std(0) / 200).all())
+
+
 def test_the_loss_draws_nothing_and_knows_the_kl() -> None:
     posterior, x, y = fitted(), torch.randn(6, 1, 4, 4).double(), torch.randint(0, 3, (6,))
     model = posterior.model

@@ -247,6 +247,22 @@ def test_a_network_close_to_monte_carlo_where_noise_is_small() -> None:
     torch.testing.assert_close(result.mean, draws.mean(0), rtol=0.02, atol=1e-3)
 
 
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, stride=1, padding=1), nn.MaxPool1d(2)])
+def test_max_pooling_takes_over_the_entries_that_are_largest_in_the_mean(pool: nn.Module) -> None:
+    """All means differ, so that an entry is known by its mean."""
+    mean = torch.randperm(2 * 3 * 16).double().reshape(2, 3, *((16,) if isinstance(pool, nn.MaxPool1d) else (4, 4)))
+    factor = torch.randn(2, 48, 48).double()
+    covariance = factor @ factor.transpose(1, 2)
+    full = propagate_layer(pool, Moments(mean, covariance, True))
+    diagonal = propagate_layer(pool, Moments(mean, covariance.diagonal(dim1=1, dim2=2).reshape(mean.shape)))
+    torch.testing.assert_close(full.mean, pool(mean))
+    for row in range(2):
+        came_from = [mean[row].flatten().tolist().index(value) for value in pool(mean)[row].flatten().tolist()]
+        expected = covariance[row][came_from][:, came_from]
+        assert torch.equal(full.covariance[row], expected)
+        assert torch.equal(diagonal.variance[row].flatten(), expected.diagonal())
+
+
 def test_the_softmax_layer_is_the_softmax() -> None:
     moments = Moments(torch.randn(2, 3), torch.rand(2, 3))
     layer = propagate_layer(nn.Softmax(1), moments)
