@@ -31,14 +31,15 @@ Reduced priors of a group:
 Baseline ``kernel_norm``: the published ranking by the norm of the mean kernel, here :math:`-\ln\|E[w_g]\|`, cut at the
 widest gap.
 
-What is published and what is not.  Published: the prior, one variance a kernel, first-order propagation, the ranking by
-Frobenius norm, and training again with the kernels that are left.  From the authors' public code for the same
-variational family, *not* for self-compression, whose code was not found: the rules for pooling and softmax, the
-Gaussian density of one-hot targets (``MomentLoss(density="gaussian")``), and the variance that a fit starts from.
-Ours: the parameter is the logarithm of the standard deviation, where theirs is a softplus of the variance; the bias
-counts as one more weight of its kernel; covariances are full or diagonal everywhere, where the code mixes the two; KLs
-are summed over kernels and weighed against the summed log likelihood, where the code averages both, differently; and
-the automatic cut.
+What is whose.  From the paper's abstract and summaries of it, the text itself not having been at hand: kernels are
+ranked by the Frobenius norm of their mean, and the network is trained again with those that are left.  From the
+authors' public code for the same variational family, *not* for self-compression, whose code was not found: the prior,
+one variance a kernel, first-order propagation with its rules for pooling and softmax, the Gaussian density of one-hot
+targets (``MomentLoss(density="gaussian")``), and the variance that a fit starts from.  Ours: the parameter is the
+logarithm of the standard deviation, where theirs is a softplus of the variance; the bias counts as one more weight of
+its kernel; covariances are full or diagonal everywhere, where the code mixes the two; KLs are summed over kernels and
+weighed against the summed log likelihood, where the code averages both, differently; the default log likelihood; both
+reduced priors; and the automatic cut.
 
 It is *not* variational dropout, nor a scale mixture: no prior mass sits near zero, and no hyper-parameter asks for
 sparsity.
@@ -117,7 +118,7 @@ class MomentPropagation(UngatedFamily):
     """Normal weights with one variance for each kernel.
 
     Args:
-        prior_scale: standard deviation of the prior of weights and biases (published: 1).
+        prior_scale: standard deviation of the prior of weights and biases (the authors' related code: 1).
         initial_variance: where the variances start (the authors' related code: softplus(-2.2) = 0.105).
     """
 
@@ -140,7 +141,7 @@ class MomentPropagation(UngatedFamily):
                 f"family {self.name!r}",
                 got=f"prior_scale={prior_scale}, initial_variance={initial_variance}",
                 allowed="positive numbers",
-                fix="leave them out for the published ones",
+                fix="leave them out for the defaults",
             )
         self.prior_scale, self.initial_variance = prior_scale, initial_variance
 

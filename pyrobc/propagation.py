@@ -21,7 +21,7 @@ dropout       none in evaluation; in training, at rate ``r``, each variance gain
 
 References:
     Dera, Bouaynaya, Rasool, Shterenberg, Fathallah-Shaykh (2021), PremiUm-CNN: propagating uncertainty towards robust
-    convolutional neural networks: first-order activations, the pooling rule, the softmax.
+    convolutional neural networks.  First-order activations, pooling and softmax are as in the authors' public code.
     Frey, Hinton (1999), Variational learning in nonlinear Gaussian belief networks: moments of a rectified Normal.
     Wu, Nowozin, Meeds, Turner, Hernandez-Lobato, Gaunt (2019), Deterministic variational inference for robust Bayesian
     neural networks: covariance after a ReLU.
