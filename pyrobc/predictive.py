@@ -21,7 +21,7 @@ def propagate(
     posterior: Posterior,
     inputs: Any,
     *,
-    covariance: Literal["full", "diagonal"] = "full",
+    covariance: Literal["full", "diagonal"] = "diagonal",
     relu: Relu = "first_order",
 ) -> Moments:
     """Mean and covariance of the outputs for known inputs, without draws; any family with Normal weights.
