@@ -29,7 +29,7 @@ from benchmarks._record import RESULTS
 from pyrobc.baselines import Cut
 from pyrobc.batches import seeded
 from pyrobc.checkpoint import write_text
-from pyrobc.fit import fit
+from pyrobc.fit import anneal, fit
 from pyrobc.guides.log_uniform import RELEASED_PROBABILITY, LogUniform
 from pyrobc.lift import lift
 from pyrobc.models import lenet, mlp, resnet
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=networks, default=["mlp", "lenet_5", "resnet_20"])
     parser.add_argument("--kl-scales", nargs="+", choices=["elbo", "mean"], default=["mean", "elbo"])
     parser.add_argument("--temperature", type=float, default=1.0, help="weight of the KL, besides that of the scale")
+    parser.add_argument("--anneal", action="store_true", help="anneal continuous runs, as the paper does not")
     parser.add_argument("--rules", nargs="+", choices=ALONG, default=list(ALONG), help="of continuous pruning")
     parser.add_argument("--regimes", nargs="+", choices=["after", "along"], default=["after", "along"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -141,9 +142,10 @@ class Run:
         self.epochs, self.regimes = arguments.epochs, [r for r in self.setting.regimes if r in arguments.regimes]
         self.levels = LEVELS[1:2] if arguments.smoke else LEVELS
         label = kl_scale if arguments.temperature == 1.0 else f"{kl_scale} x {arguments.temperature:g}"
-        self.folder = arguments.runs / f"{dataset}-{network}-{label.replace(' ', '')}-{seed}"
+        label += ", annealed" if arguments.anneal else ""
+        self.folder = arguments.runs / f"{dataset}-{network}-{label.replace(' ', '').replace(',', '-')}-{seed}"
         self.identity = {"dataset": dataset, "network": network, "kl_scale": label, "seed": seed}
-        self.rules = arguments.rules
+        self.rules, self.schedule = arguments.rules, anneal(self.epochs) if arguments.anneal else None
         self.identity |= {"epochs": self.epochs, "rows": len(data.train[1]), "command": describe_command(arguments)}
         with seeded(seed):
             net = self.setting.build()
@@ -213,7 +215,13 @@ class Run:
         stop = max(1, self.epochs - TUNE_EPOCHS)
         prune = PruneEachEpoch(rule.reduction, rule.prior_odds, cut=rule.cut, stop_after=stop)
         posterior = fit(
-            copy.deepcopy(self.model), self.data.train, epochs=self.epochs, prune=prune, on_epoch=note, **self.shared
+            copy.deepcopy(self.model),
+            self.data.train,
+            epochs=self.epochs,
+            schedule=self.schedule,
+            prune=prune,
+            on_epoch=note,
+            **self.shared,
         )
         macs = [numbers["macs"] for numbers in posterior.history]
         return [self.describe(posterior) | {"epoch_seconds": times, "epoch_macs": macs}]
