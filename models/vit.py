@@ -54,7 +54,7 @@ class VisionTransformer(nn.Module):
         """Logits."""
         h = self.patches(images).flatten(2).transpose(1, 2)
         if self.token is not None:
-            h = torch.cat([self.token.expand(len(h), -1, -1), h], 1)
+            h = torch.cat([self.token.expand(h.shape[0], -1, -1), h], 1)
         h = self.norm(self.blocks(h + self.positions))
         return cast(Tensor, self.head(h.mean(1) if self.token is None else h[:, 0]))
 

@@ -127,6 +127,7 @@ LAYERS: dict[int, Kind] = {
     16: _pool(nn.AvgPool2d, 2, _CEIL, _COUNT_PAD),
     17: Kind(nn.Dropout, (), (Setting("p", "real", 0.5), _INPLACE)),
     18: Kind(nn.Identity),
+    19: Kind(nn.AdaptiveAvgPool2d, (Setting("output_size", "size", num=2),)),
 }
 _NUMBERS = {kind.cls: number for number, kind in LAYERS.items()}
 _WORDS = {"mode": ("zeros", "reflect", "replicate", "circular"), "approximation": ("none", "tanh")}
@@ -255,6 +256,8 @@ def _get(module: nn.Module, setting: Setting, layer: str) -> Any:
         if not isinstance(value, int | tuple | list):
             raise _refuse(layer, f"{setting.name}={value!r}", "numbers")
         value = (value,) * setting.num if isinstance(value, int) else tuple(value)
+        if None in value:
+            raise _refuse(layer, f"{setting.name}={value}", "numbers")
         if max(value) > MAX_SETTING:
             raise _refuse(layer, f"{setting.name}={value}", f"up to {MAX_SETTING}")
     return value

@@ -25,7 +25,7 @@ Ints = NDArray[np.int64]
 _UNITS = (nn.Linear, SelectLinear, nn.Conv1d, nn.Conv2d)
 _BETWEEN = (
     nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Dropout, nn.Identity, nn.Flatten, nn.MaxPool1d, nn.MaxPool2d,
-    nn.AvgPool1d, nn.AvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d,
+    nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.BatchNorm1d, nn.BatchNorm2d,
 )  # fmt: skip
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 

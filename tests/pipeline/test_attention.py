@@ -247,9 +247,9 @@ def test_a_query_dimension_counts_by_its_products() -> None:
     with torch.no_grad():
         for name, factor in posterior.guide.by_site().items():
             if name in ("blocks.0.attention.query.weight", "blocks.0.attention.key.weight"):
-                factor.v.copy_(torch.tensor([[1.0], [1.0], [0.0], [0.0]]).expand(4, 4))
+                factor.value.copy_(torch.tensor([[1.0], [1.0], [0.0], [0.0]]).expand(4, 4))
             elif name in ("blocks.0.attention.query.bias", "blocks.0.attention.key.bias"):
-                factor.v.zero_()
+                factor.value.zero_()
     gate = posterior.mean().gates["blocks.0.attention.query"].double()
     found = posterior.thresholds(0.01)["blocks.0.attention.query"]
     torch.testing.assert_close(found[:2], 0.01 * gate[:2].square().sum().sqrt().expand(2), rtol=1e-6, atol=0)

@@ -160,6 +160,7 @@ LAYERS = [
     nn.ReLU(inplace=True), nn.Tanh(), nn.Sigmoid(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.MaxPool1d(2),
     nn.MaxPool2d(3, 2, padding=1, ceil_mode=True), nn.MaxPool2d((2, 3), dilation=2), nn.AvgPool1d(4),
     nn.AvgPool2d(3, 1, padding=1, count_include_pad=False), nn.Dropout(), nn.Dropout(0.1, inplace=True), nn.Identity(),
+    nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d((2, 3)),
 ]  # fmt: skip
 
 

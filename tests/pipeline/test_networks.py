@@ -4,6 +4,7 @@ import copy
 import importlib
 import pkgutil
 from collections.abc import Callable
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,9 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyrobc.models
+from pyrobc import codec
 from pyrobc.config import BUILT_IN
 from pyrobc.dependency import trace_groups
+from pyrobc.errors import OutputError
+from pyrobc.export import save, verify
 from pyrobc.models import lenet, mlp, resnet, vgg, vit
+from pyrobc.plan import Plan
 from pyrobc.surgery import apply, mask
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -96,3 +101,23 @@ def test_counting_changes_nothing(name: str, is_training: bool) -> None:
     for m, n in zip(net.modules(), before.modules(), strict=True):
         assert type(m) is type(n) and m.training == is_training
         assert not m._forward_hooks and not m._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet", "vit", "vit, mean"])
+def test_cut_networks_are_written_and_read_back(name: str, keeping: Callable[..., Plan], tmp_path: Path) -> None:
+    net, x = build_shaken(name)
+    is_stream = name == "vit, mean"
+    spec = trace_groups(net, x[:2], prune_residual=is_stream, head_dims=is_stream)
+    plan = keeping(spec, {b.name: range(0, b.size, 2) for b in spec.blocks})
+    small = apply(plan, net, example_inputs=x)
+    files = save(small, plan, tmp_path, example_inputs=x, onnx="auto")
+    differences = verify(small, tmp_path, x[:3])
+    assert max(differences.values()) <= 1e-4 and "model.pt2" in differences
+    if name == "vgg":
+        assert differences["model.rbc"] == 0
+    else:
+        assert "model.rbc" not in files
+        kind = "Residual" if name == "resnet" else "VisionTransformer"
+        assert kind in files.notes[0]
+        with pytest.raises(OutputError, match=f"got {kind}; allowed: a tree of Sequential.*pyrobc.save"):
+            codec.encode(small)
