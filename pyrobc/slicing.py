@@ -194,13 +194,12 @@ def _correct_heads(net: nn.Module, changed: Collection[str], indices: Mapping[tu
         if isinstance(module, Attention):
             layers = ((join_path(path, f"{name}.weight"), getattr(module, name)) for name in ("query", "value"))
             module.shrink(*(indices.get((name, 0), np.arange(layer.out_features)) for name, layer in layers))
-    for path, heads in count_heads(net, changed).items():
+    for path in count_heads(net, changed):
         parent: Any = net.get_submodule(path)
         layer = next(cast(nn.Linear, net.get_submodule(p)) for p in changed if p.rpartition(".")[0] == path)
-        for name in (name for name in _HEADS if not isinstance(parent, Attention) and hasattr(parent, name)):
-            setattr(parent, name, heads * len(layer.weight) // layer.out_features)
-        if hasattr(parent, "all_head_size"):
-            parent.all_head_size = len(layer.weight)
+        for name in (*_HEADS, "all_head_size"):
+            if not isinstance(parent, Attention) and hasattr(parent, name):
+                setattr(parent, name, getattr(parent, name) * len(layer.weight) // layer.out_features)
 
 
 def _named_tensors(net: nn.Module) -> dict[str, Tensor]:

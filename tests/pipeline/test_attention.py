@@ -39,8 +39,9 @@ def some_kept(spec: GroupSpec, seed: int) -> dict[str, np.ndarray]:
     return {b.name: np.sort(rng.permutation(b.size)[: rng.integers(1, b.size + 1)]) for b in spec.blocks}
 
 
-def assert_masked_equals_cut(net: nn.Module, spec: GroupSpec, x: Any, seed: int) -> nn.Module:
-    net, kept = match_attention(net, spec.tensors), some_kept(spec, seed)
+def assert_masked_equals_cut(net: nn.Module, spec: GroupSpec, x: Any, seed: int, **fixed: list[int]) -> nn.Module:
+    net = match_attention(net, spec.tensors)
+    kept = some_kept(spec, seed) | {name: np.array(groups) for name, groups in fixed.items()}
     masked, cut = mask_groups(net, spec, kept), slice_groups(net, spec, kept)
     for is_training in (False, True):
         a, b = (tensors_of(call_network(n.train(is_training), x))[0] for n in (masked, cut))
@@ -275,13 +276,11 @@ def test_heads_of_foreign_attention_are_found(is_packed: bool) -> None:
     net = shake(nn.Sequential(nn.Linear(3, 5), Foreign(is_packed), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)))
     x = torch.randn(3, 6, 3).double()
     spec = trace_groups(net, x)
-    sizes = {b.name: b.size for b in spec.blocks}
-    assert sizes["1.qkv" if is_packed else "1"] == 4
+    heads = "1.qkv" if is_packed else "1"
+    assert spec.block(heads).size == 4
     assert sum(layer.macs for layer in spec.layers if layer.axes == (0,)) == 2 * 6 * 6 * 8
-    cut = assert_masked_equals_cut(net, spec, x, 2)
-    assert cut[1].num_attention_heads < 4 and cut[1].scaling == 0.6
-    if not is_packed:
-        assert cut[1].all_head_size == cut[1].query.out_features == 2 * cut[1].num_attention_heads
+    cut = assert_masked_equals_cut(net, spec, x, 2, **{heads: [0, 1, 3]})
+    assert (cut[1].num_attention_heads, cut[1].all_head_size, cut[1].scaling) == (3, 6, 0.6)
     again = trace_groups(cut, x)
     assert_masked_equals_cut(cut, again, x, 5)
 
