@@ -58,7 +58,7 @@ format: $(STAMP)  ## let ruff put the code in order
 bench: $(STAMP)  ## run every benchmark; results go to benchmarks/results (MNIST's with DATA=folder, hours)
 	@set -e; for file in benchmarks/[!_]*.py; do \
 	  name=$$(basename $$file .py); options=; \
-	  if [ $$name = mnist_compression ]; then \
+	  if grep -q '"--data"' $$file; then \
 	    if [ -z "$(DATA)" ]; then echo "benchmarks.$$name: left out, it needs make bench DATA=folder"; continue; fi; \
 	    options="--data $(DATA)"; fi; \
 	  echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name $$options; done

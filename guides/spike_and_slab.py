@@ -46,7 +46,7 @@ ReLU, leaky ReLU and pooling that is the same function as on the pre-activation,
 guide factorises over :math:`(\kappa, \varsigma^2)`, not :math:`(\tau^2, \varsigma^2)`; group-lasso scales start where
 their divergence is least; gates and own scales are drawn per example; :math:`\lambda` is one number, where the paper
 has one per layer, from the widths (0.0015 and 0.0023 for 784-400-400-10).  Input features are groups too, unless the
-network is lifted with ``prune_inputs=False``, as the paper's are.
+network is lifted with ``prune_inputs=False``, as the paper's are; after a cut, m counts what is left.
 
 It is *not* the group horseshoe of Bayesian compression, whose scales only shrink: here a group is exactly zero with
 probability :math:`1 - \gamma`.

@@ -1,4 +1,4 @@
-"""The MNIST benchmark goes through from IDX files to its tables, on digits that are no MNIST."""
+"""The MNIST benchmarks go through from IDX files to their tables, on digits that are no MNIST."""
 
 import gzip
 import json
@@ -30,8 +30,8 @@ def write_digits(folder: Path) -> None:
         write_idx(folder / f"{part}-labels-idx1-ubyte.gz", data.target[rows])
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.mnist_compression", "--smoke", *arguments]
+def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
 
 
@@ -40,7 +40,7 @@ def test_the_smoke_run_writes_tables_and_does_not_train_twice(tmp_path: Path) ->
     pytest.importorskip("onnxruntime")
     write_digits(tmp_path)
     options = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--seeds", "0", "--networks", "lenet_300_100"]
-    first = run(*options)
+    first = run("mnist_compression", *options)
     assert first.returncode == 0, first.stderr
     record = json.loads((tmp_path / "runs" / "mnist_compression.json").read_text())
     points = record["networks"]["lenet_300_100"]["points"]
@@ -48,6 +48,23 @@ def test_the_smoke_run_writes_tables_and_does_not_train_twice(tmp_path: Path) ->
     assert all(0 < p["bytes"] < 40_000 and 0 <= p["test_error"] <= 100 for p in points)
     assert (tmp_path / "runs" / "mnist_compression.png").stat().st_size > 10_000
     files = {f: f.stat().st_mtime_ns for f in (tmp_path / "runs").rglob("*.rbc")}
-    second = run(*options)
+    second = run("mnist_compression", *options)
     assert second.returncode == 0, second.stderr
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / "runs").rglob("*.rbc")} == files
+
+
+@pytest.mark.slow
+def test_spikes_and_slabs_are_measured_from_their_files(tmp_path: Path) -> None:
+    write_digits(tmp_path)
+    runs = tmp_path / "runs"
+    options = ["--data", str(tmp_path), "--runs", str(runs)]
+    fitted = run("spike_and_slab", *options, "--cases", "MLP 400-400, SS-GHS", "--part")
+    assert fitted.returncode == 0, fitted.stderr
+    assert not (runs / "spike_and_slab.json").exists()
+    measured = run("spike_and_slab", *options, "--measure")
+    assert measured.returncode == 0, measured.stderr
+    rows = {
+        row["what"].partition(": ")[2]: row for row in json.loads((runs / "spike_and_slab.json").read_text())["rows"]
+    }
+    assert rows["parameters kept"]["target"] == "<= 6.2" and 0 < rows["parameters kept"]["value"] <= 100
+    assert 0 <= rows["test error"]["value"] <= 100
