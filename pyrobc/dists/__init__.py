@@ -1,5 +1,8 @@
 """Distributions that Pyro lacks, their log-space numerics and their Kullback-Leibler divergences."""
 
+from pyrobc.dists.binary_chain import BinaryChain, Rates, count_bits, fit_chain
+from pyrobc.dists.chained_student_t import ChainedStudentT, SupportedNormal
+from pyrobc.dists.gamma_pair import FactorisedPair, GammaPair
 from pyrobc.dists.gamma_ratio_root import GammaRatioRoot
 from pyrobc.dists.gated_normal import GatedNormal
 from pyrobc.dists.half_cauchy_product import HalfCauchyProduct
@@ -18,19 +21,27 @@ from pyrobc.dists.truncated_log_uniform import TruncatedLogUniform
 from pyrobc.dists.uniform_scale_normal import UniformScaleNormal
 
 __all__ = [
+    "BinaryChain",
+    "ChainedStudentT",
+    "FactorisedPair",
+    "GammaPair",
     "GammaRatioRoot",
     "GatedNormal",
     "HalfCauchyProduct",
     "MatrixNormal",
     "PrunedNormal",
+    "Rates",
     "Restricted",
     "ScaleFree",
     "SoftCapped",
     "SpikeAndSlab",
+    "SupportedNormal",
     "Switch",
     "TruncatedLogNormal",
     "TruncatedLogUniform",
     "UniformScaleNormal",
+    "count_bits",
+    "fit_chain",
     "in_double",
     "interval_log_mass",
     "kl_log_normal_gamma",

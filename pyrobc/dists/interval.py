@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import (
+    Bernoulli,
     Cauchy,
     Distribution,
     Exponential,
@@ -28,6 +29,7 @@ from torch.distributions import (
     Normal,
     Uniform,
 )
+from torch.nn.functional import logsigmoid
 
 from pyrobc.dists.half_cauchy_product import HalfCauchyProduct
 from pyrobc.dists.truncated_log_normal import TruncatedLogNormal
@@ -77,6 +79,14 @@ def _(dist: LogNormal, lower: Tensor, upper: Tensor) -> Tensor:
 def _(dist: HalfNormal, lower: Tensor, upper: Tensor) -> Tensor:
     low, up, scale = _double(lower, upper, dist.scale)
     return log_mass_between(low.clamp(min=0.0) / scale, up.clamp(min=0.0) / scale) + math.log(2.0)
+
+
+@interval_log_mass.register
+def _(dist: Bernoulli, lower: Tensor, upper: Tensor) -> Tensor:
+    low, up, logits = _double(lower, upper, dist.logits)
+    none = logits.new_full((), -math.inf)
+    zero = torch.where((low <= 0) & (up >= 0), logsigmoid(-logits), none)
+    return torch.logaddexp(zero, torch.where((low <= 1) & (up >= 1), logsigmoid(logits), none))
 
 
 @interval_log_mass.register(TruncatedLogNormal)
