@@ -160,8 +160,8 @@ class MomentPropagation(UngatedFamily):
             {n: kinds.get(info.kind, NormalFactor)(start[n], log_scale) for n, info in spec.parameters.items()}
         )
 
-    def scales(self, laws: Laws, priors: Laws, spec: GroupSpec) -> dict[str, GroupScale]:
-        """The multiplier of a group is the length of its weights along their posterior mean."""
+    def presence(self, laws: Laws, priors: Laws, spec: GroupSpec) -> dict[str, GroupScale]:
+        """What says whether a group is there is the length of its weights along their posterior mean."""
         return {block.name: self._measure_lengths(block, laws, priors, spec) for block in spec.blocks}
 
     def reduced(self) -> dict[str, ReducedPrior]:

@@ -174,7 +174,7 @@ def _find_variances(posterior: Posterior) -> dict[str, NDArray[np.float64]]:
     """Posterior variance of what is not deleted: weights as deployed, their group's multiplier included, and biases."""
     spec = posterior.model.spec
     try:
-        gates = {name: _moments(scale.posterior) for name, scale in posterior.scales().items() if scale.size is None}
+        gates = {name: _moments(scale.posterior) for name, scale in posterior.scales().items()}
     except NotImplementedError as error:
         raise FamilyError(
             f"bits from the posterior of {posterior.model.family!r}", got="multipliers without a variance",

@@ -68,7 +68,7 @@ def measure_baseline(posterior: Posterior, label: str) -> Measured:
             norm = total.sqrt() if label == "l2" else total / count
             values[name] = _to_array(-(norm * mean.gates[name].double()).log())
         return Measured(values, unit)
-    baseline, scales = family.baselines()[label], posterior.scales()
+    baseline, scales = family.baselines()[label], posterior.presence()
     values = {b.name: _to_array(baseline.of(scales[b.name].posterior)) for b in spec.blocks}
     return Measured(values, baseline.unit, baseline.published_cut)
 

@@ -176,7 +176,7 @@ def evidence(
         for n, found in densities.items()
     )
     multipliers = np.stack([_read_multipliers(one, draws) for one, draws in zip(fits, chains, strict=True)])
-    scales = posterior.scales()
+    scales = posterior.presence()
     with seeded(seed):
         prior = [scales[b.name].prior.sample(torch.Size((num_draws,))).cpu().numpy() for b in spec.blocks]
     bmr = {"delta_f": _flat(score, score.delta_f), "mcse": _flat(score, score.mcse), "log_odds": log_odds}
@@ -262,7 +262,7 @@ def _change_khats(posterior: Posterior, score: Score, num_draws: int, seed: int)
     """k-hat of every group's change of prior; NaN for a point, whose ratio has no density, and for a baseline."""
     reduction = posterior.model.family.reduced().get(score.label)
     generator = torch.Generator().manual_seed(seed)
-    scales, columns = posterior.scales(), []
+    scales, columns = posterior.presence(), []
     for block in score.spec.blocks:
         scale, threshold = scales[block.name], torch.as_tensor(score.threshold[block.name])
         khat = np.full(block.size, np.nan)

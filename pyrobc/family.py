@@ -94,8 +94,8 @@ class GroupScale:
     Attributes:
         posterior: law under the guide.
         prior: law under the prior.
-        size: None where the multiplier is a gate.  In a family without gates the multiplier is the size of the group's
-            own weights, and this is what it is in the network that is deployed.
+        size: None where the multiplier is a gate, or tells whether the group is there (0 or 1).  Where it is the size
+            of the group's own weights, its value in the network that is deployed.
     """
 
     posterior: Distribution
@@ -153,6 +153,7 @@ class Family(ABC):
         posterior_on: whether noise sits on gates (weights are points) or on weights as well.
         has_closed_form_kl: every site's KL is analytic.
         path: the road of ``fit`` that is the method's own (see there).
+        kl_is_bound: the KL counts variables that the sites leave out, and so bounds that of the sites from above.
         default_reduction: key into ``reduced()`` that decisions use.
         references: what to cite.
     """
@@ -161,6 +162,7 @@ class Family(ABC):
     posterior_on: ClassVar[Literal["gate", "weight"]]
     has_closed_form_kl: ClassVar[bool] = True
     path: ClassVar[Literal["fast", "traced", "moments"]] = "fast"
+    kl_is_bound: ClassVar[bool] = False
     default_reduction: ClassVar[str] = "rope"
     references: ClassVar[tuple[Reference, ...]] = ()
 
@@ -200,7 +202,15 @@ class Family(ABC):
 
     @abstractmethod
     def scales(self, laws: Laws, priors: Laws, spec: GroupSpec) -> dict[str, GroupScale]:
-        """Posterior and prior law of every group's multiplier, by block: what reductions act on."""
+        """Posterior and prior law of every group's multiplier, by block; no blocks where every multiplier is one."""
+
+    def presence(self, laws: Laws, priors: Laws, spec: GroupSpec) -> dict[str, GroupScale]:
+        """What reductions act on: the multipliers, unless something else says how much of a group is there."""
+        return self.scales(laws, priors, spec)
+
+    def weight_log_odds(self, laws: Laws, spec: GroupSpec) -> dict[str, Tensor]:
+        """Posterior log odds that each weight is zero, by parameter; none where the family does not say."""
+        return {}
 
     @abstractmethod
     def reduced(self) -> dict[str, ReducedPrior]:
@@ -252,6 +262,10 @@ class UngatedFamily(Family):
     def mean(self, laws: Laws, spec: GroupSpec) -> Effective:
         """Posterior means."""
         return self.combine({name: law.mean for name, law in laws.items()}, spec)
+
+    def scales(self, laws: Laws, priors: Laws, spec: GroupSpec) -> dict[str, GroupScale]:
+        """None."""
+        return {}
 
 
 _REGISTRY: dict[str, type[Family]] = {}

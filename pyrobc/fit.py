@@ -259,7 +259,7 @@ def _look(run: Training, inputs: Any, targets: Tensor) -> dict[str, float]:
     model = run.model
     own, _ = split_laws(model, run.guide.distributions())
     mean = model.complete(model.family.mean(own, model.spec))
-    scales = model.family.scales(own, model.family.prior(model.spec, model.anchor), model.spec)
+    scales = model.family.presence(own, model.family.prior(model.spec, model.anchor), model.spec)
     stay = float(sum(block.size for block in model.spec.blocks))
     if scales:  # folded families have none: every group that is there matters
         rms = measure_input_rms(model, mean, [(inputs, targets)])

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyrobc.errors import FamilyError, suggest
-from pyrobc.family import Family, GroupScale, Laws, ReducedPrior, UngatedFamily, normal_prior
+from pyrobc.family import Family, ReducedPrior, UngatedFamily, normal_prior
 from pyrobc.groups import GroupSpec
 from pyrobc.lift import LiftedModel
 from pyrobc.lifted_layers import LiftedLayer
@@ -79,10 +79,6 @@ class FoldedFamily(UngatedFamily, is_registered=False):
         scales = {n: max(0.1 * self.prior_scales[n], _SMALLEST_SCALE) for n in spec.parameters}
         return MeanFieldGuide({n: NormalFactor(start[n], math.log(scales[n])) for n in spec.parameters})
 
-    def scales(self, laws: Laws, priors: Laws, spec: GroupSpec) -> dict[str, GroupScale]:
-        """None: the scales were folded."""
-        return {}
-
     def reduced(self) -> dict[str, ReducedPrior]:
         """None for groups; single weights are deleted exactly (``pyrobc.weights``)."""
         return {}
@@ -123,7 +119,7 @@ def fold_scales(posterior: Posterior) -> Posterior:
             f"scales of {', '.join(rows)}", got="gates on rows (a residual stream, or queries)",
             allowed="gates on what layers read", fix="lift without prune_residual and head_dims",
         )  # fmt: skip
-    laws = {name: scale.posterior for name, scale in posterior.scales().items() if scale.size is None}
+    laws = {name: scale.posterior for name, scale in posterior.scales().items()}
     first = {name: law.mean.to(model.anchor) for name, law in laws.items()}
     second = {name: (law.variance + law.mean.square()).to(model.anchor) for name, law in laws.items()}
     factors: dict[str, Factor] = {}
@@ -132,8 +128,8 @@ def fold_scales(posterior: Posterior) -> Posterior:
             factors[site] = copy.deepcopy(factor)
         elif site in spec.parameters:
             assert isinstance(factor, NormalFactor)
-            layer = _find_reader(model, site)
-            gates = (None, None) if layer is None or not laws else (layer.input_gate(first), layer.input_gate(second))
+            layer = _find_reader(model, site) if laws else None
+            gates = (None, None) if layer is None else (layer.input_gate(first), layer.input_gate(second))
             factors[site] = _fold(factor, *gates)
     plain = posterior.to_module()  # frozen weights have no site: what they read is scaled here
     scales = {n: _fit_scale(f, spec.parameters[n].kind) for n, f in factors.items() if n in spec.parameters}

@@ -41,7 +41,7 @@ class Factor(nn.Module):
         """The law at the current parameters; all dimensions are event dimensions."""
 
     def project_(self) -> None:
-        """Put parameters back into their legal range, in place, after an optimiser step."""
+        """Put parameters back into their legal range, in place, after an optimiser step; set what has a closed form."""
 
     def parameters_by_rate(self) -> dict[float, list[nn.Parameter]]:
         """All parameters, by the multiplier of their learning rate."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyrobc.batches import move, seeded
-from pyrobc.family import Effective, GroupScale
-from pyrobc.groups import Kept
+from pyrobc.family import Effective, GroupScale, Laws
+from pyrobc.groups import GroupSpec, Kept
 from pyrobc.lift import LiftedModel
 from pyrobc.lifted_layers import LiftedLayer
 from pyrobc.meanfield import MeanFieldGuide, slice_site
@@ -22,6 +22,8 @@ from pyrobc.negligible import find_sizes, negligible_thresholds
 from pyrobc.objective import split_laws
 
 __all__ = ["Posterior", "evaluating", "measure_input_rms"]
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass
@@ -56,15 +58,26 @@ class Posterior:
 
     def scales(self) -> dict[str, GroupScale]:
         """Posterior and prior law of every group's multiplier, in float64."""
+        return self._ask(self.model.family.scales)
+
+    def presence(self) -> dict[str, GroupScale]:
+        """The same of what reductions act on: the multiplier, or whether the group is there."""
+        return self._ask(self.model.family.presence)
+
+    def weight_log_odds(self) -> dict[str, Tensor]:
+        """Log odds that each weight is zero, by parameter, where the family knows; float64."""
+        return self._ask(lambda laws, _, spec: self.model.family.weight_log_odds(laws, spec))
+
+    def _ask(self, question: Callable[[Laws, Laws, GroupSpec], dict[str, _Answer]]) -> dict[str, _Answer]:
         with torch.no_grad():
             guide = copy.deepcopy(self.guide).double().requires_grad_(False)
             priors = self.model.family.prior(self.model.spec, self.model.anchor.double())
             own, _ = split_laws(self.model, guide.distributions())
-            return self.model.family.scales(own, priors, self.model.spec)
+            return question(own, priors, self.model.spec)
 
     def thresholds(self, epsilon: float) -> dict[str, Tensor]:
         """Multiplier below which each group carries less than a share ``epsilon`` of what its readers receive."""
-        scales = self.scales()
+        scales = self.presence()
         priors = {name: scale.prior for name, scale in scales.items()}
         return negligible_thresholds(self.model.spec, self.mean(), self.input_rms, epsilon, priors, find_sizes(scales))
 

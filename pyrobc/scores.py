@@ -173,7 +173,7 @@ def score(
     thresholds = posterior.thresholds(epsilon)
     columns: dict[str, dict[str, Floats]] = {k: {} for k in ("delta_f", "complement", "implied", "mcse")}
     reasons: dict[str, str] = {}
-    scales = posterior.scales()
+    scales = posterior.presence()
     for block in spec.blocks:
         scale, threshold = scales[block.name], thresholds[block.name].double()
         reduced = choices[label].of(scale.prior, threshold)
@@ -200,7 +200,7 @@ def score(
 
 def _score_baseline(posterior: Posterior, label: str, cut: Cut, epsilon: float) -> Score:
     """A baseline's numbers and their cuts; no Monte Carlo error, no odds, no ROPE."""
-    spec, scales, thresholds = posterior.model.spec, posterior.scales(), posterior.thresholds(epsilon)
+    spec, scales, thresholds = posterior.model.spec, posterior.presence(), posterior.thresholds(epsilon)
     measured = measure_baseline(posterior, label)
     cuts = place_cuts(measured, label, cut)
     zero = {name: np.zeros_like(numbers) for name, numbers in measured.values.items()}

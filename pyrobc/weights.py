@@ -7,10 +7,10 @@ it is the change of prior to a point at zero (Savage--Dickey; Dickey 1971; Frist
 
 (with a Laplace prior of scale ``b``, :math:`\ln q(0) + \ln 2b`), and the posterior log odds of "zero" are :math:`L =
 \Delta F + \ln\frac{\pi}{1-\pi}`.  :math:`\pi` is the prior probability that a weight is zero, learned for each tensor
-(Beta--Bernoulli, ``bmr.learn_inclusion``).  A row's or a kernel's :math:`\Delta F` is the sum over its weights, as the
-guide factorises.  Where the fit was tempered,
-:math:`-T\,\mathrm{ELBO}` was minimised with ``T`` on the KL, so :math:`T\,m^2/2s^2` is the second-order rise of the
-negative log likelihood.
+(Beta--Bernoulli, ``bmr.learn_inclusion``).  A family with supports of single weights has these odds itself
+(``Family.weight_log_odds``), and needs no folding.  A row's or a kernel's :math:`\Delta F` is the sum over its weights,
+as the guide factorises.  Where the fit was tempered, :math:`-T\,\mathrm{ELBO}` was minimised with ``T`` on the KL, so
+:math:`T\,m^2/2s^2` is the second-order rise of the negative log likelihood.
 
 One round promises too much, because other weights have not re-adapted (Beckers et al. 2024): ``pyrobc.sparsify``
 removes some, fits again, and goes on.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pyrobc.bmr import learn_inclusion, reduce
 from pyrobc.errors import BudgetError, ReductionError, suggest
-from pyrobc.folding import check_folded
+from pyrobc.folding import FoldedFamily, check_folded
 from pyrobc.meanfield import NormalFactor
 from pyrobc.posterior import Posterior
 
@@ -68,7 +68,7 @@ def prune_weights(posterior: Posterior, keep: int | None = None, per: Unit = "we
     """Delete weights of ``posterior``, in place; returns how many.
 
     Args:
-        posterior: folded.
+        posterior: folded, or of a family that knows itself which weights are zero.
         keep: weights and biases to leave, those with the most evidence against deletion (of equal ones the last);
             None deletes what has posterior odds above one.  NaN and infinite scores are never deleted, even if more
             are left then.
@@ -79,9 +79,10 @@ def prune_weights(posterior: Posterior, keep: int | None = None, per: Unit = "we
             "unit of deletion", got=f"{per!r} with keep={keep}", allowed="'weight', or no number to keep",
             fix="leave keep out: rows and kernels leave by their posterior odds",
         )  # fmt: skip
-    scores, factors = score_weights(posterior, per), _normal_factors(posterior)
+    factors, own = _normal_factors(posterior), _own_odds(posterior) if per == "weight" else {}
+    scores = own or score_weights(posterior, per)
     if keep is None:
-        odds = {
+        odds = own or {
             n: s + _learned_odds(s[factors[n].kept].unique() if per != "weight" else s[factors[n].kept])
             for n, s in scores.items()
         }
@@ -100,6 +101,13 @@ def count_weights(posterior: Posterior) -> tuple[int, int]:
     """Weights and biases that are not deleted, and all there are."""
     factors = _normal_factors(posterior).values()
     return sum(int(f.kept.sum()) for f in factors), sum(f.kept.numel() for f in factors)
+
+
+def _own_odds(posterior: Posterior) -> dict[str, Tensor]:
+    """Posterior log odds of zero where the family has them, NaN for other parameters; empty if it has none."""
+    known = {} if isinstance(posterior.model.family, FoldedFamily) else posterior.weight_log_odds()
+    factors = _normal_factors(posterior) if known else {}
+    return {n: known.get(n, torch.full_like(f.loc, torch.nan)) for n, f in factors.items()}
 
 
 def _count_excess(factors: dict[str, NormalFactor], scores: dict[str, Tensor], keep: int) -> int:

@@ -62,7 +62,15 @@ def scales_of(model: LiftedModel, guide: MeanFieldGuide) -> dict[str, GroupScale
 
 
 def is_gated(model: LiftedModel) -> bool:
-    return all(scale.size is None for scale in scales_of(model, model.new_guide()).values())
+    return bool(scales_of(model, model.new_guide()))
+
+
+def presence_of(model: LiftedModel, guide: MeanFieldGuide) -> dict[str, GroupScale]:
+    return Posterior(model, guide, num_data=1).presence()
+
+
+def is_indicator(scale: GroupScale) -> bool:
+    return isinstance(scale.prior, dist.Bernoulli)
 
 
 def assert_close_in_se(draws: Tensor, expected: Tensor, slack: float = 1e-9) -> None:
@@ -127,7 +135,12 @@ def test_declared_kl_is_registered_and_equals_monte_carlo(name: str) -> None:
             exact = torch.stack([kl_divergence(law, priors[site]).sum() for law in drawn])
             assert_close_in_se(exact, declared[site], slack=1e-7)
             values = drawn[0].sample(torch.Size([4000]))
-            assert_close_in_se(drawn[0].log_prob(values) - priors[site].log_prob(values), exact[0])
+            ratios = drawn[0].log_prob(values) - priors[site].log_prob(values)
+            if model.family.kl_is_bound:
+                excess = float(ratios.mean() - exact[0])
+                assert excess <= STANDARD_ERRORS * float(ratios.std()) / len(ratios) ** 0.5, site
+            else:
+                assert_close_in_se(ratios, exact[0])
 
 
 @every_family
@@ -209,10 +222,14 @@ def test_gradients_of_the_fast_loss_are_finite_and_reach_every_parameter(name: s
 @every_family
 def test_nothing_is_gained_by_reducing_to_the_prior_itself(name: str) -> None:
     model = lifted(name)
-    for block, scale in scales_of(model, spread(model.new_guide())).items():
+    found = presence_of(model, spread(model.new_guide()))
+    assert found.keys() == model.spec.by_name.keys()
+    for block, scale in found.items():
         gain = reduce(scale.posterior, scale.prior, scale.prior).delta_f
         assert gain.shape == (model.spec.block(block).size,)
         torch.testing.assert_close(gain, torch.zeros_like(gain), rtol=0, atol=1e-9)
+        if is_indicator(scale):
+            continue
         everything = Restricted(scale.prior, torch.full_like(gain, -torch.inf), torch.full_like(gain, torch.inf))
         gain = reduce(scale.posterior, scale.prior, everything).delta_f
         torch.testing.assert_close(gain, torch.zeros_like(gain), rtol=0, atol=1e-6)
@@ -221,15 +238,16 @@ def test_nothing_is_gained_by_reducing_to_the_prior_itself(name: str) -> None:
 def separated(model: LiftedModel, block: str) -> MeanFieldGuide:
     """A guide whose group 0 has a multiplier near zero and whose group 1 has one far from it, whatever the family."""
     guide = model.new_guide()
-    if not is_gated(model):  # a group is its weights
+    if presence_of(model, guide)[block].size is not None:  # a group is its weights
         for member in (m for m in model.spec.block(block).members if m.role == "produce"):
             guide.by_site()[member.parameter].loc.data[0] *= 1e-6
         return guide
     optimizer = torch.optim.Adam(guide.parameters(), lr=0.2)
     for _ in range(150):
         optimizer.zero_grad()
-        means = model.family.scales(own_laws(model, guide), model.priors(), model.spec)[block].posterior.mean.log()
-        if float((means[0] - means[1]).detach()) < -12.0:
+        scale = model.family.presence(own_laws(model, guide), model.priors(), model.spec)[block]
+        means: Tensor = scale.posterior.logits if is_indicator(scale) else scale.posterior.mean.log()  # type: ignore
+        if float((means[0] - means[1]).detach()) < -12.0 and float(means[0].detach()) < 0:
             break
         (means[0] - means[1]).backward()
         optimizer.step()
@@ -241,8 +259,8 @@ def separated(model: LiftedModel, block: str) -> MeanFieldGuide:
 def test_a_group_near_zero_scores_above_one_far_away(name: str) -> None:
     model = lifted(name)
     block = model.spec.blocks[1].name
-    scale = scales_of(model, separated(model, block))[block]
-    assert float(scale.posterior.mean[0]) < 1e-3 * float(scale.posterior.mean[1])
+    scale = presence_of(model, separated(model, block))[block]
+    assert float(scale.posterior.mean[0]) < (0.5 if is_indicator(scale) else 1e-3) * float(scale.posterior.mean[1])
     for label, reduced in model.family.reduced().items():
         threshold = torch.full_like(scale.posterior.mean, 1e-2)
         delta_f = reduce(scale.posterior, scale.prior, reduced.of(scale.prior, threshold)).delta_f
@@ -268,6 +286,8 @@ def test_permuting_groups_permutes_scores(name: str) -> None:
     model = lifted(name)
     guide = spread(model.new_guide())
     block = model.spec.blocks[1]
+    if is_indicator(presence_of(model, guide)[block.name]):
+        pytest.skip("no site belongs to a group alone, and the order of groups may matter")
     order = torch.tensor([3, 0, 4, 2, 1])
     permuted = copy.deepcopy(guide)
     for site, factor in permuted.by_site().items():
@@ -281,7 +301,7 @@ def test_permuting_groups_permutes_scores(name: str) -> None:
                 parameter.data = parameter.data.index_select(member.axis, order)
 
     def scores(g: MeanFieldGuide) -> Tensor:
-        scale = scales_of(model, g)[block.name]
+        scale = presence_of(model, g)[block.name]
         reduced = model.family.reduced()[model.family.default_reduction]
         return reduce(scale.posterior, scale.prior, reduced.of(scale.prior, torch.full((5,), 0.3).double())).delta_f
 
@@ -360,7 +380,7 @@ def test_dtype_is_kept(name: str, dtype: torch.dtype) -> None:
     for loss in (fast_loss(model, guide, 6), traced_loss(model, guide, 6)):
         value = loss(x, y, 1.0)
         assert value.dtype == dtype and bool(torch.isfinite(value))
-    assert {s.posterior.mean.dtype for s in scales_of(model, guide).values()} == {torch.float64}
+    assert {s.posterior.mean.dtype for s in presence_of(model, guide).values()} == {torch.float64}
     assert next(guide.parameters()).dtype == dtype
 
 
@@ -439,7 +459,7 @@ def test_building_and_scoring_leave_the_random_state_alone(name: str) -> None:
     before = torch.get_rng_state()
     lift(model.template, name, "categorical", torch.ones(1, 4).double())
     model.new_guide()
-    scales_of(model, guide)
+    presence_of(model, guide)
     Posterior(model, guide, 1).draw(3)
     assert torch.equal(before, torch.get_rng_state())
     assert len(list(pyro.get_param_store().keys())) == 0

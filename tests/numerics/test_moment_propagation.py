@@ -207,7 +207,7 @@ def test_scales_are_the_laws_of_lengths_along_the_mean() -> None:
     weight, bias = (posterior.guide.by_site()[f"0.{n}"].distribution().base_dist for n in ("weight", "bias"))
     mean = torch.cat([weight.loc.flatten(1), bias.loc[:, None]], 1).detach()
     direction = mean / mean.norm(dim=1, keepdim=True)
-    scale = posterior.scales()["0"]
+    scale = posterior.presence()["0"]
     torch.testing.assert_close(scale.size, mean.norm(dim=1))
     torch.testing.assert_close(scale.posterior.mean, scale.size)
     with torch.no_grad():
@@ -226,16 +226,16 @@ def test_an_input_feature_is_the_weights_that_read_it() -> None:
                  example_inputs=torch.randn(1, 4))  # fmt: skip
     posterior = Posterior(model, model.new_guide(), 1)
     weight = posterior.guide.by_site()["0.weight"].loc.detach().double()
-    torch.testing.assert_close(posterior.scales()["input"].size, weight.norm(dim=0))
+    torch.testing.assert_close(posterior.presence()["input"].size, weight.norm(dim=0))
     bias = posterior.guide.by_site()["0.bias"].loc.detach().double()
-    torch.testing.assert_close(posterior.scales()["0"].size, torch.cat([weight, bias[:, None]], 1).norm(dim=1))
+    torch.testing.assert_close(posterior.presence()["0"].size, torch.cat([weight, bias[:, None]], 1).norm(dim=1))
 
 
 def test_a_group_without_trained_weights_says_nothing() -> None:
     net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     net[0].requires_grad_(False)
     model = lift(net, "moment_propagation", example_inputs=torch.randn(1, 4), prune_inputs=False)
-    scale = Posterior(model, model.new_guide(), 1).scales()["0"]
+    scale = Posterior(model, model.new_guide(), 1).presence()["0"]
     for label, reduced in model.family.reduced().items():
         delta_f = reduce(scale.posterior, scale.prior, reduced.of(scale.prior, torch.full((5,), 0.1).double())).delta_f
         assert torch.equal(delta_f, torch.zeros(5).double()), label
@@ -243,7 +243,7 @@ def test_a_group_without_trained_weights_says_nothing() -> None:
 
 def test_deleting_a_kernel_is_the_savage_dickey_ratio_of_all_its_weights() -> None:
     posterior = fitted()
-    scale = posterior.scales()["0"]
+    scale = posterior.presence()["0"]
     found = reduce(scale.posterior, scale.prior, dist.Delta(torch.zeros(4).double())).delta_f
     expected = torch.zeros(4).double()
     for name in ("0.weight", "0.bias"):
@@ -265,7 +265,7 @@ def test_deleting_a_kernel_is_the_savage_dickey_ratio_of_all_its_weights() -> No
 def test_the_rope_and_the_published_ranking() -> None:
     posterior = fitted()
     score = bc.score(posterior)
-    scale, threshold = posterior.scales()["0"], posterior.thresholds(0.01)["0"]
+    scale, threshold = posterior.presence()["0"], posterior.thresholds(0.01)["0"]
     q = interval_log_mass(scale.posterior, -threshold, threshold).exp()
     np.testing.assert_allclose(score.log_odds()["0"], (q.log() - torch.log1p(-q)).numpy())
     norm = bc.score(posterior, "kernel_norm")
@@ -276,7 +276,7 @@ def test_the_rope_and_the_published_ranking() -> None:
 def test_thresholds_are_shares_of_the_deployed_size() -> None:
     """What a gate of that share would be, in units of the group's own size."""
     posterior = fitted()
-    scales = posterior.scales()
+    scales = posterior.presence()
     plain = negligible_thresholds(posterior.model.spec, posterior.mean(), {}, 0.01)
     found = posterior.thresholds(0.01)
     for block, share in plain.items():
