@@ -137,7 +137,7 @@ def test_prior_of_a_convolution_is_that_of_its_chains_and_takes_batches(walk):
     else:
         laid = value.movedim(2, -1).reshape(5, 8, 3)
     flat = make_prior(tuple(laid.shape[1:]))
-    torch.testing.assert_close(prior.log_prob(value), flat.log_prob(laid))
+    torch.testing.assert_close(prior.log_prob(value), torch.stack([flat.log_prob(row) for row in laid]))
     wide = prior.expand([5])
     assert wide.sample((3,)).shape == (3, 5, 2, 3, 2, 2) and wide.batch_shape == (5,)
     torch.testing.assert_close(wide.log_prob(value), prior.log_prob(value))
