@@ -51,9 +51,9 @@ def print_run(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def write_result(name: str, rows: list[dict[str, Any]], *, seeds: list[int], notes: str) -> None:
+def write_result(name: str, rows: list[dict[str, Any]], *, seeds: list[int], notes: str, options: str = "") -> None:
     """Write ``results/<name>.json`` and ``.md``; each row has what, value, target and whether it is met."""
-    record = describe_run(name, seeds) | {"notes": notes, "rows": rows}
+    record = describe_run(name, seeds, options) | {"notes": notes, "rows": rows}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     lines = [f"# {name}", "", notes, "", "| what | value | target | met |", "|---|---|---|---|"]
