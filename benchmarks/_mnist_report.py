@@ -75,6 +75,7 @@ def write_report(
         int8 = measure_int8(runs / name / "dense-0.pt", build, data, shape, test)
         found[name] = {"dense": dense, "int8": int8, "points": points, "means": means}
         lines += tabulate(name, dense, int8, means)
+        lines += [describe_seeds(means), ""]
         if name == "lenet_5_caffe" and points:
             found[name]["speed"] = speed = measure_speed(runs / name, build, means, test)
             lines += [describe_speed(speed), ""]
@@ -117,7 +118,8 @@ def average(points: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         errors = [p["test_error"] for p in members]
         parts = {key: statistics.mean(p["parts"].get(key, 0.0) for p in members) for key in members[0]["parts"]}
         rows.append(
-            {"method": method, "stop": stop, "seeds": len(members), "low": min(errors), "high": max(errors)}
+            {"method": method, "stop": stop, "seeds": sorted(p["seed"] for p in members)}
+            | {"low": min(errors), "high": max(errors)}
             | row
             | {"parts": parts, "shapes": members[0]["shapes"]}
         )
@@ -162,8 +164,9 @@ def tabulate(
         widths = "-".join(str(shape[1]) for shape in m["shapes"]) + "-10"
         lines.append(
             f"| {LABELS[m['method']]}, {m['stop']} | {m['bytes']:,.0f} | {size / m['bytes']:,.0f}x "
-            f"| {m['test_error']:.2f} ({m['low']:.2f}-{m['high']:.2f}, {m['seeds']}) | {m['validation_error']:.2f} "
-            f"| {m['nonzero']:,.0f} | {widths} | {DENSE_WEIGHTS[name] / block:.1f}x | {m['seconds']:.0f} |"
+            f"| {m['test_error']:.2f} ({m['low']:.2f}-{m['high']:.2f}, {len(m['seeds'])}) "
+            f"| {m['validation_error']:.2f} | {m['nonzero']:,.0f} | {widths} | {DENSE_WEIGHTS[name] / block:.1f}x "
+            f"| {m['seconds']:.0f} |"
         )
     lines += [
         f"| {label}, published | {size / ratio:,.0f} | {ratio}x | {e} | | | | | |"
@@ -177,6 +180,15 @@ def describe_parts(mean: Mapping[str, Any]) -> str:
     """Where the bytes of a file are."""
     parts = ", ".join(f"{part} {count:.0f}" for part, count in mean["parts"].items() if count >= 0.5)
     return f"{LABELS[mean['method']]}, {mean['stop']}: {parts}"
+
+
+def describe_seeds(means: Sequence[dict[str, Any]]) -> str:
+    """Which seeds were run, method by method."""
+    seeds = {
+        label: sorted({s for m in means if m["method"] == method for s in m["seeds"]})
+        for method, label in LABELS.items()
+    }
+    return "Seeds run: " + "; ".join(f"{label}: {', '.join(map(str, s)) or 'none'}" for label, s in seeds.items()) + "."
 
 
 def pick(means: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
