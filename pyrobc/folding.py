@@ -17,6 +17,9 @@ grows with :math:`|w|`, as its code does,
 .. math:: KL(N(m, s^2)\,\|\,\text{Laplace}(b)) = \ln 2b + E|w|/b - \tfrac12\ln(2\pi e s^2), \quad
     E|w| = s\sqrt{2/\pi}\,e^{-m^2/2s^2} + m\,\mathrm{erf}(m/s\sqrt2).
 
+A scale can also be held (``refit_prior(..., scale=)``): the fitted one follows the weights, large where few are left,
+and so never keeps them small.
+
 The deployed network is the same up to rounding; what is lost is that weights of a group shared the noise
 of their scale.  What is won: each weight's own change of prior is exact under the guide, and a step costs no draws of
 scales.
@@ -55,12 +58,15 @@ class FoldedFamily(UngatedFamily, is_registered=False):
         origin: the family that was folded.
         prior_scales: standard deviation of the prior of every parameter, or scale of a Laplace law.
         law: ``normal`` or ``laplace``, of weights and biases.
+        held: scale of the prior of weights, which is then not fitted.
     """
 
     name: ClassVar[str] = "folded"
 
-    def __init__(self, origin: Family, prior_scales: Mapping[str, float], law: PriorLaw = "normal") -> None:
-        self.origin, self.prior_scales, self.law = origin, dict(prior_scales), law
+    def __init__(
+        self, origin: Family, prior_scales: Mapping[str, float], law: PriorLaw = "normal", held: float | None = None
+    ) -> None:
+        self.origin, self.prior_scales, self.law, self.held = origin, dict(prior_scales), law, held
 
     def prior(self, spec: GroupSpec, like: Tensor) -> dict[str, Distribution]:
         """One law for each tensor; the scales of normalisation layers are Normal around one."""
@@ -90,6 +96,7 @@ class FoldedFamily(UngatedFamily, is_registered=False):
             "folded": self.origin.name,
             "prior_scales": self.prior_scales,
             "law": self.law,
+            "held": self.held,
         }
 
 
@@ -142,23 +149,29 @@ def fold_scales(posterior: Posterior) -> Posterior:
 
 
 @torch.no_grad()
-def refit_prior(posterior: Posterior, law: PriorLaw | None = None) -> Posterior:
+def refit_prior(posterior: Posterior, law: PriorLaw | None = None, scale: float | None = None) -> Posterior:
     """The same posterior, its prior fitted again in place (empirical Bayes).
 
     Args:
         posterior: folded.
         law: ``normal`` or ``laplace``; the one it has if None.
+        scale: of the prior of weights, held at this until a law or another scale is passed; biases' is fitted.
 
     Raises:
-        FamilyError: another law, or a posterior that is not folded.
+        FamilyError: another law, a scale that is not positive, or a posterior that is not folded.
     """
     model, family = posterior.model, check_folded(posterior)
     if law not in (None, *get_args(PriorLaw)):
         allowed = ", ".join(get_args(PriorLaw))
         raise FamilyError("prior of folded weights", got=repr(law), allowed=allowed, fix=suggest(str(law), ["laplace"]))
-    family.law = law or family.law
+    if scale is not None and not 0 < scale < math.inf:
+        raise FamilyError("scale of the prior", got=repr(scale), allowed="a positive number", fix="pass 0.1, or None")
+    if law is not None or scale is not None:
+        family.law, family.held = law or family.law, scale
     sites = posterior.guide.by_site()
     scales = {n: _fit_scale(sites[n], info.kind, family.law) for n, info in model.spec.parameters.items()}
+    if family.held is not None:
+        scales |= {n: family.held for n, info in model.spec.parameters.items() if info.kind == "weight"}
     family.prior_scales = scales
     return posterior
 

@@ -176,6 +176,25 @@ def test_a_law_that_is_not_offered_is_refused() -> None:
     assert posterior.model.family.law == "normal"
 
 
+def test_a_held_scale_stays_until_a_law_is_named() -> None:
+    posterior = fold_scales(some_posterior(Residual(), (1, 6, 6), "group_normal_jeffreys"))
+    family, info = posterior.model.family, posterior.model.spec.parameters
+    fitted = dict(refit_prior(posterior, "laplace").model.family.prior_scales)
+    refit_prior(posterior, scale=0.05)
+    assert family.law == "laplace"
+    expected = {name: 0.05 if info[name].kind == "weight" else scale for name, scale in fitted.items()}
+    assert 0.05 not in fitted.values() and set(expected.values()) > {0.05}
+    for later in (refit_prior(posterior), posterior.copy()):
+        assert later.model.family.prior_scales == expected
+        assert later.model.priors()["inner.weight"].base_dist.scale.unique() == torch.tensor(0.05)
+        assert refit_prior(later).model.family.settings()["held"] == 0.05
+    assert refit_prior(posterior, "laplace").model.family.prior_scales == fitted
+    for scale in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(FamilyError, match=r"scale of the prior.*allowed: a positive number"):
+            refit_prior(posterior, scale=scale)
+    assert family.prior_scales == fitted
+
+
 def test_a_prior_of_a_tensor_without_weights_is_one() -> None:
     posterior = fold_scales(some_posterior(build(6, (7, 5), 3), (6,), "group_normal_jeffreys"))
     factor = posterior.guide.by_site()["1.weight"]
