@@ -1,8 +1,10 @@
 """The Bayesian road of the MNIST benchmark: groups, then weights, then grids, each a change of prior and a refit.
 
-1. A family with group scales is fitted from the dense network; groups leave by the posterior odds of a ROPE.
-2. Scales are folded into Normal weights with a fitted prior; single weights leave by their own log Bayes factor, level
-   by level, while the network re-adapts (``pyrobc.sparsify``), inputs dropped at a rate.
+1. A family with group scales is fitted from the dense network; groups leave by the posterior odds of a ROPE, and what
+   is left is fitted again and decided on again, under a KL of more weight.
+2. Scales are folded into Normal weights under a Laplace prior that is held tight, without which a network of so few
+   weights makes them large and fits its training rows too closely; single weights leave by their own log Bayes factor,
+   level by level, while the network re-adapts (``pyrobc.sparsify``), inputs dropped at a rate.
 3. At each level a side branch gets a Laplace prior, settles at the ELBO proper without dropped inputs, moves to grids
    of some posterior widths and re-adapts.
 
@@ -39,15 +41,16 @@ __all__ = ["Road", "Stop", "compress_bayesian"]
 class Road:
     """Settings.
 
-    ``budget`` is the most parameters that groups may leave; ``first`` and ``later`` are rounds, epochs a round, and
-    epochs of falling rate, to the first level and to each later one.
+    ``group_rounds`` are temperature and epochs of every fit of groups, ``budget`` the most parameters that the last one
+    may leave; ``trunk_scale`` is that of the Laplace prior while weights leave; ``first`` and ``later`` are rounds,
+    epochs a round, and epochs of falling rate, to the first level and to each later one.
     """
 
     levels: tuple[int, ...]
     coarseness: tuple[float, ...] = (2.0,)
     temperature: float = 0.3
-    group_temperature: float = 1.0
-    group_epochs: int = 8
+    trunk_scale: float = 0.08
+    group_rounds: tuple[tuple[float, int], ...] = ((1.0, 8),)
     group_lr: float = 2e-3
     budget: int | None = None
     max_scale: float | None = 0.2
@@ -87,6 +90,7 @@ def compress_bayesian(
     plain = TensorLoader(*train, batch_size=road.settle_batch_size)
     noisy = DroppedRows(train, road.drop, road.batch_size)
     posterior = _fit_groups(net, train, noisy, family, road, seed, folder)
+    refit_prior(posterior, "laplace", scale=road.trunk_scale)
     for number, level in enumerate(road.levels):
         shared: dict[str, Any] = {"seed": 1000 * seed + number, "temperature": road.temperature, "progress": False}
         rounds, epochs, pause = road.later if number else road.first
@@ -120,12 +124,17 @@ def _fit_groups(
 ) -> Posterior:
     """The folded posterior of what the family's groups keep."""
     law = make_family(family, max_scale=road.max_scale, num_draws=8)
-    model = lift(net, law, "categorical", train[0][:1])
-    posterior = fit(
-        model, data, epochs=road.group_epochs, lr=road.group_lr, seed=seed, temperature=road.group_temperature,
-        warmup_epochs=road.group_epochs // 2, checkpoint=folder / "groups.pt", progress=False,
-    )  # fmt: skip
-    plan = decide(score(posterior), budget=road.budget)
-    kept = {name: np.asarray(groups) for name, groups in plan.kept().items()}
-    print("groups", plan.widths, flush=True)
-    return fold_scales(posterior.restricted(kept))
+    posterior: Posterior | None = None
+    for number, (temperature, epochs) in enumerate(road.group_rounds):
+        model = lift(net, law, "categorical", train[0][:1]) if posterior is None else posterior.model
+        posterior = fit(
+            model, data, epochs=epochs, lr=road.group_lr, seed=1000 * seed + number, temperature=temperature,
+            warmup_epochs=0 if number else epochs // 2, guide=posterior and posterior.guide,
+            checkpoint=folder / f"groups_{number}.pt", progress=False,
+        )  # fmt: skip
+        is_last = number == len(road.group_rounds) - 1
+        plan = decide(score(posterior), budget=road.budget if is_last else None)
+        print("groups", plan.widths, flush=True)
+        posterior = posterior.restricted({name: np.asarray(groups) for name, groups in plan.kept().items()})
+    assert posterior is not None
+    return fold_scales(posterior)
