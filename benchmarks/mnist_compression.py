@@ -41,9 +41,9 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
 ROADS = {
     "lenet_300_100": Road(levels=(5000, 3400, 2400, 1700, 1200), coarseness=(2.0, 3.5)),
     "lenet_5_caffe": Road(
-        levels=(2500, 1300), coarseness=(2.0, 4.0), drop=0.0, max_scale=0.5, lr=2e-3,
+        levels=(2400, 1700, 1200), coarseness=(2.5, 4.0), trunk_scale=0.1, drop=0.0, max_scale=0.5, lr=2e-3,
         group_rounds=((4.0, 4), (8.0, 4), (16.0, 4)), budget=10_000, first=(3, 4, 4), later=(1, 6, 3),
-        settle_epochs=6, grid_epochs=8,
+        settle_epochs=8, grid_epochs=10,
     ),
 }  # fmt: skip
 RECIPES: dict[str, tuple[tuple[float, ...], Settings]] = {
