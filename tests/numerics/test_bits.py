@@ -23,50 +23,10 @@ from pyrobc.bits import (
 )
 from pyrobc.errors import BudgetError, DataError
 
-LENET_300_100 = count_layer_weights([784, 300, 100, 10])
-LENET_5_CAFFE = [500, 25_000, 400_000, 5_000]
-VGG = count_layer_weights([3, 64, 64, 128, 128, 256, 256, 256, *[512] * 6], [9] * 13) + [512 * 512, 5_120]
 
-
-def vgg(widths: list[int]) -> list[int]:
-    """13 convolutions, then two linear layers whose inputs are the last two widths."""
-    return count_layer_weights([3, *widths[:13]], [9] * 13) + count_layer_weights([*widths[13:], 10])
-
-
-def lenet_5(widths: list[int]) -> list[int]:
-    first, second, flat, hidden = widths
-    return [*count_layer_weights([1, first, second], [25, 25]), *count_layer_weights([flat, hidden, 10])]
-
-
-# Widths and bits as printed by Louizos, Ullrich and Welling (2017); the columns to two more digits than printed there.
-PUBLISHED = {
-    "LeNet-300-100 normal-Jeffreys":
-        (LENET_300_100, count_layer_weights([278, 98, 13, 10]), [8, 9, 14], 9.29, 36.84),
-    "LeNet-300-100 horseshoe":
-        (LENET_300_100, count_layer_weights([311, 86, 14, 10]), [13, 11, 10], 9.48, 23.51),
-    "LeNet-5 horseshoe":
-        (LENET_5_CAFFE, lenet_5([5, 10, 76, 16]), [10, 10, 14, 13], 156.49, 419.31),
-    "VGG normal-Jeffreys":
-        (VGG, vgg([63, 64, 128, 128, 245, 155, 63, 26, 24, 20, 14, 12, 11, 11, 15]),
-         [10, 10, 10, 10, 8, 8, 8, 5, 5, 5, 5, 5, 6, 7, 11], 14.96, 56.78),
-    "VGG horseshoe":
-        (VGG, vgg([51, 62, 125, 128, 228, 129, 38, 13, 9, 6, 5, 6, 6, 6, 20]),
-         [11, 12, 9, 14, 10, 8, 5, 5, 6, 6, 6, 8, 11, 17, 10], 18.22, 59.85),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_rates(name: str) -> None:
-    dense, kept, bits, pruning, fast = PUBLISHED[name]
-    rates = published_rates(dense, kept, bits)
-    assert round(rates.pruning, 2) == pruning
-    assert round(rates.fast, 2) == fast
-    assert rates.density == pytest.approx(1 / rates.pruning)
-    assert rates.maximum is None
-
-
-def test_vgg_has_the_published_number_of_weights() -> None:
-    assert sum(VGG) == 14_977_728
+def test_weights_of_layers_by_hand() -> None:
+    assert count_layer_weights([784, 300, 100, 10]) == [235_200, 30_000, 1_000]
+    assert count_layer_weights([1, 20, 50], [25, 25]) == [500, 25_000]
 
 
 def test_maximum_column_by_hand() -> None:

@@ -86,7 +86,15 @@ def test_published_rates_of_a_plan(name):
     assert [round(row["ratio"], 2) for row in table.rows] == [pruning, fast]
     assert f"{pruning:.2f}\u00d7" in str(table) and f"{fast:.2f}\u00d7" in str(table)
     assert table.rates.maximum is None and table.num_bytes is None
-    assert [part.dense for part in table.layers] == [a * b * k for a, b, k in before]
+    dense, kept = ([a * b * k for a, b, k in layers] for layers in (before, after))
+    assert [part.dense for part in table.layers] == dense
+    rates = published_rates(dense, kept, bits)
+    assert (round(rates.pruning, 2), round(rates.fast, 2), rates.maximum) == (pruning, fast, None)
+    assert rates.density == pytest.approx(1 / rates.pruning)
+
+
+def test_vgg_has_the_published_number_of_weights():
+    assert sum(a * b * k for a, b, k in VGG) == 14_977_728
 
 
 def test_rows_of_a_network_and_its_file(compressed, tmp_path):
