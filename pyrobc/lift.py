@@ -105,13 +105,12 @@ class LiftedModel(PyroModule):
                 spread = variances.pop(bias).sqrt()
                 parameters[bias] = parameters[bias] + spread * torch.randn_like(spread)
         others = {name: parameters[name] for name in self._others if name in parameters}
-        rows = first_tensor(inputs).shape[0]
         net = cast(nn.Module, self._modules["net"])  # as an attribute, Pyro would enter its tensors as parameters
         for name, axis, gate in self._gated:
             gate.gates = effective.gates
             if name:
                 value = others[name] if name in others else net.get_parameter(name)
-                others[name] = gate.scale(value, axis, rows)
+                others[name] = gate.scale(value, axis, len(first_tensor(inputs)))
         for path, layer in self._layers:
             weight, bias = self._names[path]
             layer.law = LayerLaw(
@@ -233,7 +232,7 @@ def _replace_layers(net: nn.Module, spec: GroupSpec) -> nn.Module:
         emitted = [(b.name, m) for b in spec.blocks for m in b.emitters if m.parameter == weight]
         if id(layer) not in lifted:  # a layer may have several paths
             frozen = weight not in spec.parameters, bias not in spec.parameters
-            lifted[id(layer)] = LiftedLayer(layer, consumed, emitted, frozen)
+            lifted[id(layer)] = LiftedLayer(layer, consumed, frozen, emitted)
         if not path:
             return lifted[id(layer)]
         parent, _, name = path.rpartition(".")

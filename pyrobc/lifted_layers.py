@@ -129,16 +129,16 @@ class LiftedLayer(nn.Module):
         self,
         layer: nn.Linear | nn.Conv1d | nn.Conv2d,
         consumed: Sequence[tuple[str, Member]],
-        emitted: Sequence[tuple[str, Member]],
         frozen: tuple[bool, bool],
+        emitted: Sequence[tuple[str, Member]] = (),
     ) -> None:
         """Replace ``layer``.
 
         Args:
             layer: what to replace.
             consumed: blocks whose gates act on input channels, with the members that say on which.
-            emitted: the same for output channels.
             frozen: whether weight and bias keep their values.
+            emitted: as ``consumed``, for output channels.
         """
         super().__init__()
         self.consumed = ChannelGate(consumed, layer.weight.shape[1])
