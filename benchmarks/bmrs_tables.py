@@ -96,7 +96,10 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=networks, default=["mlp", "lenet_5", "resnet_20"])
     parser.add_argument("--kl-scales", nargs="+", choices=["elbo", "mean"], default=["mean", "elbo"])
     parser.add_argument("--temperature", type=float, default=1.0, help="weight of the KL, besides that of the scale")
-    parser.add_argument("--anneal", action="store_true", help="anneal continuous runs, as the paper does not")
+    scores = list(dict.fromkeys(rule.reduction for rule in RULES.values()))
+    parser.add_argument("--scores", nargs="+", choices=scores, default=scores, help="of post-training pruning")
+    parser.add_argument("--inputs", action="store_true", help="prune inputs too, which the paper does not")
+    parser.add_argument("--anneal", action="store_true", help="anneal fits, and re-adapt at a tenth of the rate")
     parser.add_argument("--rules", nargs="+", choices=ALONG, default=list(ALONG), help="of continuous pruning")
     parser.add_argument("--regimes", nargs="+", choices=["after", "along"], default=["after", "along"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -142,15 +145,18 @@ class Run:
         self.epochs, self.regimes = arguments.epochs, [r for r in self.setting.regimes if r in arguments.regimes]
         self.levels = LEVELS[1:2] if arguments.smoke else LEVELS
         label = kl_scale if arguments.temperature == 1.0 else f"{kl_scale} x {arguments.temperature:g}"
-        label += ", annealed" if arguments.anneal else ""
+        label += ", inputs" * arguments.inputs + ", annealed" * arguments.anneal
         self.folder = arguments.runs / f"{dataset}-{network}-{label.replace(' ', '').replace(',', '-')}-{seed}"
         self.identity = {"dataset": dataset, "network": network, "kl_scale": label, "seed": seed}
-        self.rules, self.schedule = arguments.rules, anneal(self.epochs) if arguments.anneal else None
+        self.rules, self.scores = arguments.rules, arguments.scores
+        self.schedule, self.step_lr = (
+            (anneal(self.epochs), 0.1 * self.setting.lr) if arguments.anneal else (None, self.setting.lr)
+        )
         self.identity |= {"epochs": self.epochs, "rows": len(data.train[1]), "command": describe_command(arguments)}
         with seeded(seed):
             net = self.setting.build()
         family = LogUniform(num_draws=NUM_DRAWS, kl_scale=kl_scale)
-        self.model = lift(net, family, "categorical", data.train[0][:1], prune_inputs=False)
+        self.model = lift(net, family, "categorical", data.train[0][:1], prune_inputs=arguments.inputs)
         self.shared: dict[str, Any] = {
             "seed": seed, "lr": self.setting.lr, "batch_size": self.setting.batch_size, "progress": False,
             "device": arguments.device, "temperature": arguments.temperature,
@@ -167,7 +173,7 @@ class Run:
                 **self.shared,
             )
             self.keep("none", "after", 0, lambda: [self.describe(posterior)])
-            for reduction in dict.fromkeys(rule.reduction for rule in RULES.values()):
+            for reduction in self.scores:
                 self.keep(reduction, "after", 1, lambda name=reduction: self.prune_after(posterior, name))
         if "along" in self.regimes:
             for name in self.rules:
@@ -195,7 +201,7 @@ class Run:
         counts = sorted({round(share * total) for share in self.levels} | {n for n in stops.values() if n})
         steps = prune_in_steps(
             posterior, self.data.train, reduction, counts=counts, prior_odds=first.prior_odds, cut=first.cut,
-            **self.shared,
+            **self.shared | {"lr": self.step_lr},
         )  # fmt: skip
         points = [
             self.describe(step.posterior) | {"count": n, "stops": [name for name, stop in stops.items() if stop == n]}
