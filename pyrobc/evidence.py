@@ -242,7 +242,10 @@ def _readapt(posterior: Posterior, kept: Kept, settings: Mapping[str, Any], seed
 
 
 def _log_ratio(posterior: Posterior, draws: Draws, kept: Kept) -> Floats:
-    """Log prior minus log guide of the kept sites at each draw; points are constant and left out."""
+    """Log prior minus log guide of the kept sites at each draw; points are constant and left out.
+
+    A prior that couples the entries of a tensor has no density of a part: its tensors count whole.
+    """
     model = posterior.model
     priors, laws = model.priors(), posterior.laws()
     indices = model.spec.kept_indices(kept)
@@ -253,7 +256,11 @@ def _log_ratio(posterior: Posterior, draws: Draws, kept: Kept) -> Floats:
                 continue
             q, p = (d.base_dist if isinstance(d, Independent) else d for d in (law, priors[site]))
             for s, values in enumerate(draws):
-                term = (p.log_prob(values[site]) - q.log_prob(values[site])).double().expand(values[site].shape)
+                value = values[site]
+                if p.event_shape:
+                    total[s] += float(p.log_prob(value).sum().double() - q.log_prob(value).double().sum())
+                    continue
+                term = (p.log_prob(value) - q.log_prob(value)).double().expand(value.shape)
                 total[s] += float(slice_site(site, term, model.spec, kept, indices).sum())
     return total
 

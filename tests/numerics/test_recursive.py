@@ -157,7 +157,7 @@ def test_a_waiting_or_frozen_block_has_no_noise_and_no_gradient() -> None:
     guide = model.new_guide()
     noise_of(guide, "input").wait_()
     gates = model.family.draw_local(guide.distributions(), model.spec, 50).gates
-    assert float(gates["input"].std()) < 1e-5 < float(gates["1"].std())
+    assert gates["input"].std().item() < 1e-5 < gates["1"].std().item()
     assert not gates["input"].requires_grad and gates["1"].requires_grad
 
 
