@@ -59,14 +59,14 @@ INTRODUCTION = [
     "Percent of the parameters removed, physically, and test accuracy; mean over seeds (their number in brackets).",
     "*After*: post-training pruning, the first level at which the rule has removed what it prunes, one epoch of",
     "re-adapting a level.  *Along*: continuous pruning.  `mean` weighs the KL as the released code of BMRS, `elbo`",
-    "is the evidence bound.  *Published*: percent masked and accuracy in Wright, Igel and Selvan (2024), continuous.",
+    "is the evidence bound; `x 10` is a temperature, `inputs`: input features may leave too, `annealed`: falling rates.",
+    "*Published*: percent masked and accuracy in Wright, Igel and Selvan (2024), continuous.",
 ]
 
 
 def tabulate(place: tuple[str, str], here: Records, rules: list[str]) -> list[str]:
     """One row per rule; one column per regime and weight of the KL."""
-    columns = [(regime, kl) for regime in ("after", "along") for kl in ("mean", "elbo")]
-    columns = [c for c in columns if any((r["regime"], r["kl_scale"]) == c for r in here)]
+    columns = sorted({(r["regime"], r["kl_scale"]) for r in here}, key=lambda c: (c[0], c[1] != "mean", c[1]))
     lines = [
         "| rule | " + " | ".join(f"{a}, {kl}" for a, kl in columns) + " | published |",
         "|---|" + "---|" * (len(columns) + 1),
@@ -147,8 +147,9 @@ def draw_curves(places: Sequence[tuple[str, str]], records: Records, path: Path)
     from matplotlib import pyplot
 
     shown = [place for place in places if any(is_curve(r) for r in records if (r["dataset"], r["network"]) == place)]
-    scales = ("mean", "elbo")
-    figure, axes = pyplot.subplots(max(1, len(shown)), 2, figsize=(11, 3.6 * max(1, len(shown))), squeeze=False)
+    scales = sorted({r["kl_scale"] for r in records if is_curve(r)}, key=lambda kl: (kl != "mean", kl)) or ["elbo"]
+    size = (5.5 * len(scales), 3.6 * max(1, len(shown)))
+    figure, axes = pyplot.subplots(max(1, len(shown)), len(scales), figsize=size, squeeze=False)
     for row, place in zip(axes, shown, strict=False):
         for axis, kl in zip(row, scales, strict=True):
             runs = [r for r in records if is_curve(r) and (r["dataset"], r["network"], r["kl_scale"]) == (*place, kl)]
@@ -170,6 +171,8 @@ def draw_curves(places: Sequence[tuple[str, str]], records: Records, path: Path)
                 axis.set_ylim(max(0, TARGETS[place][1] - 9), 100)
             if runs:
                 axis.legend(fontsize=7)
+            else:
+                axis.set_axis_off()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

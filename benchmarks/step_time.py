@@ -71,8 +71,8 @@ def main() -> None:
                 }
             )
     notes = (
-        f"Bayesian step / plain step, batch {arguments.batch}, CPU time, medians of {arguments.rounds} interleaved rounds "
-        "(ResNet-20: a quarter of them)."
+        f"Bayesian step / plain step, batch {arguments.batch}, CPU time, medians of {arguments.rounds} interleaved "
+        "rounds (ResNet-20: a quarter of them)."
     )
     write_result("step_time", rows, seeds=[0], notes=notes)
 
