@@ -59,7 +59,7 @@ INTRODUCTION = [
     "Percent of the parameters removed, physically, and test accuracy; mean over seeds (their number in brackets).",
     "*After*: post-training pruning, the first level at which the rule has removed what it prunes, one epoch of",
     "re-adapting a level.  *Along*: continuous pruning.  `mean` weighs the KL as the released code of BMRS, `elbo`",
-    "is the evidence bound; `x 10` is a temperature, `inputs`: input features may leave too, `annealed`: falling rates.",
+    "is the evidence bound; `x 10` is a temperature, `inputs`: inputs may leave too, `annealed`: falling rates.",
     "*Published*: percent masked and accuracy in Wright, Igel and Selvan (2024), continuous.",
 ]
 
