@@ -74,7 +74,7 @@ def main() -> None:
         f"Bayesian step / plain step, batch {arguments.batch}, CPU time, medians of {arguments.rounds} interleaved "
         "rounds (ResNet-20: a quarter of them)."
     )
-    write_result("step_time", rows, seeds=[0], notes=notes)
+    write_result("step_time", rows, seeds=[0], notes=notes, options=f"--rounds {arguments.rounds}")
 
 
 def plain_step(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
