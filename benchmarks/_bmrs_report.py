@@ -60,6 +60,7 @@ INTRODUCTION = [
     "*After*: post-training pruning, the first level at which the rule has removed what it prunes, one epoch of",
     "re-adapting a level.  *Along*: continuous pruning.  `mean` weighs the KL as the released code of BMRS, `elbo`",
     "is the evidence bound; `x 10` is a temperature, `inputs`: inputs may leave too, `annealed`: falling rates.",
+    "Parts were run with --kl-scales, --temperature, --inputs, --anneal, --scores and --rules as columns and rows say.",
     "*Published*: percent masked and accuracy in Wright, Igel and Selvan (2024), continuous.",
 ]
 
