@@ -58,6 +58,7 @@ def trace_groups(
     net, left_alone = _separate(net, example_inputs)
     outputs = _observe(net, example_inputs) if any(isinstance(m, SeparateAttention) for m in net.modules()) else outputs
     left_alone |= _unsupported(net, outputs)
+    unsupported = dict(left_alone)  # a layer whose outputs must stay, such as the last, can lose inputs
     parameters, tensors = _describe(net, outputs)
     blocks, settled, failure = [], set(left_alone), None
     try:
@@ -66,7 +67,7 @@ def trace_groups(
             head_dims=head_dims,
         )  # fmt: skip
         for block, reason in proposals:
-            tied = (_because(m.module, left_alone) for m in block.members if m.module in left_alone)
+            tied = (_because(m.module, unsupported) for m in block.members if m.module in unsupported)
             if reason := reason or next(tied, ""):
                 left_alone.setdefault(block.name, reason)
                 settled |= {m.module for m in block.members if m.role in ("produce", "emit")}

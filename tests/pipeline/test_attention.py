@@ -21,6 +21,7 @@ from pyrobc.folding import fold_scales
 from pyrobc.groups import GroupSpec
 from pyrobc.lift import lift
 from pyrobc.models import vit
+from pyrobc.posterior import measure_input_rms
 from pyrobc.slicing import PartialLayerNorm, call_network, mask_groups, slice_groups, tensors_of
 from pyrobc.surgery import apply
 
@@ -154,6 +155,18 @@ def test_packed_attention_is_cut_exactly(options: dict[str, Any], head_dims: boo
     assert cut.attention.scale == 2**-0.5, "that of the heads that were built"
 
 
+def test_products_keep_the_scale_of_the_heads_that_were_built() -> None:
+    net, x = shake(Attending()), torch.randn(3, 5, 3).double()
+    spec = trace_groups(net, x, head_dims=True)
+    ones = {"attention.query": [0, 3, 4, 7], "attention.value": [1, 2, 5, 6]}
+    cut = assert_masked_equals_cut(net, spec, x, 0, **ones)
+    assert cut.attention.query_sizes == cut.attention.value_sizes == (1,) * 4
+    uneven = {"attention.query": [0, 1, 4], "attention.value": [2, 3, 4]}  # values alone, queries alone, both, neither
+    cut = assert_masked_equals_cut(net, spec, x, 0, **uneven)
+    assert (cut.attention.query_sizes, cut.attention.value_sizes) == ((2, 0, 1), (0, 2, 1))
+    assert cut.attention.scale == 2**-0.5
+
+
 def test_attention_that_cannot_be_separated_is_left_alone() -> None:
     x = torch.randn(3, 5, 3)
     spec = trace_groups(Attending(add_bias_kv=True), x)
@@ -173,14 +186,14 @@ def test_attention_that_cannot_be_separated_is_left_alone() -> None:
 
 @pytest.mark.parametrize("head_dims", [False, True])
 @pytest.mark.parametrize("prune_residual", [False, True])
-@pytest.mark.parametrize("name", ["token", "mean", "pre-norm", "post-norm"])
+@pytest.mark.parametrize("name", ["token", "mean", "pre-norm", "post-norm", "embedded"])
 @SOME
 @hypothesis.given(seed=st.integers(0, 1000))
 def test_transformers_are_cut_exactly(name: str, prune_residual: bool, head_dims: bool, seed: int) -> None:
     torch.manual_seed(seed)
     net, x = build_transformer(name)
     spec = trace_groups(net, x, prune_residual=prune_residual, head_dims=head_dims)
-    stream = "patches" if "patches.weight" in spec.tensors else "stem"
+    stream = {"token": "patches", "mean": "patches", "embedded": "encoder.layers.0.self_attn.output"}.get(name, "stem")
     assert (stream in spec.by_name) == prune_residual
     if not prune_residual:
         assert "prune_residual=True prunes it" in spec.left_alone[stream]
@@ -193,14 +206,27 @@ def build_transformer(name: str) -> tuple[nn.Module, Tensor]:
     if name in ("token", "mean"):
         net: nn.Module = vit.build(8, features=8, depth=1, num_heads=2, hidden=5, has_token=name == "token")
         return shake(net), torch.randn(3, 3, 8, 8).double()
+    if name == "embedded":
+        return shake(Embedded()), torch.randint(0, 7, (3, 5))
     return shake(Sequences(name == "pre-norm")), torch.randn(3, 5, 4).double()
+
+
+class Embedded(Sequences):
+    """The same on symbols and their places, as in BERT; places are the same for all examples."""
+
+    def __init__(self) -> None:
+        super().__init__(norm_first=False)
+        self.stem, self.places = nn.Embedding(7, 8), nn.Embedding(5, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.stem(x) + self.places(torch.arange(5)[None])).mean(1))
 
 
 def mask_of(net: nn.Module, spec: GroupSpec, seed: int) -> nn.Module:
     return mask_groups(match_attention(net, spec.tensors), spec, some_kept(spec, seed))
 
 
-@pytest.mark.parametrize("name", ["token", "post-norm"])
+@pytest.mark.parametrize("name", ["token", "post-norm", "embedded"])
 def test_lifted_gates_are_the_ones_that_are_cut(name: str) -> None:
     """Gates of zero and one give the cut network, others fold into it, and drawn ones are those of their examples."""
     net, x = build_transformer(name)
@@ -255,6 +281,21 @@ def test_a_query_dimension_counts_by_its_products() -> None:
     found = posterior.thresholds(0.01)["blocks.0.attention.query"]
     torch.testing.assert_close(found[:2], 0.01 * gate[:2].square().sum().sqrt().expand(2), rtol=1e-6, atol=0)
     assert bool((found[2:] > 1e-2).all()), "a dimension without products carries nothing"
+
+
+def test_what_reads_gated_channels_counts_them_before_the_gate() -> None:
+    net = nn.Sequential(nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    x = torch.randn(20, 3)
+    model = lift(net, "log_uniform", "categorical", x[:2], prune_inputs=False, prune_residual=True)
+    posterior = fit(model, (x, torch.randint(0, 2, (20,))), epochs=1, progress=False)
+    with torch.no_grad():
+        posterior.guide.by_site()["0.gate"].loc.copy_(torch.linspace(-3, -1, 6))
+    posterior.input_rms = measure_input_rms(model, posterior.mean(), [(x, x)])
+    gate = posterior.mean().gates["0"].double()
+    assert float(gate.max() / gate.min()) > 4
+    column = posterior.mean().parameters["2.weight"].double().norm(dim=0)
+    read = posterior.input_rms["2.weight"].double() * column
+    torch.testing.assert_close(posterior.thresholds(0.01)["0"], 0.01 * read.norm() / (read / gate))
 
 
 def test_partial_normalisation_counts_zeros() -> None:

@@ -62,6 +62,12 @@ def test_a_residual_add_ties_its_branches_into_one_block() -> None:
     }  # fmt: skip
 
 
+def test_the_order_of_registration_does_not_matter() -> None:
+    net = Forward(lambda n, x: n.head(torch.relu(n.b(torch.relu(n.a(x))))), head=nn.Linear(5, 2), b=nn.Linear(4, 5),
+                  a=nn.Linear(3, 4))  # fmt: skip
+    assert sizes(net, torch.randn(1, 3)) == {"input": 3, "b": 5, "a": 4}
+
+
 def test_adding_the_raw_input_keeps_its_width() -> None:
     net = Forward(lambda n, x: n.head(x + n.a(x)), a=nn.Linear(4, 4), head=nn.Linear(4, 2))
     spec = trace_groups(net, torch.randn(2, 4))

@@ -187,12 +187,23 @@ def test_a_grouped_convolution_loses_whole_groups(groups: int) -> None:
     assert (cut[0].out_channels, cut[3].in_channels, cut[3].out_channels, cut[3].groups) == (4, 4, 6, groups // 2)
 
 
+class Negate(nn.Module):
+    """-h."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return -h
+
+
 def test_concatenated_channels_keep_their_place_through_a_flatten() -> None:
-    net = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU(), Concatenate(3, 2), nn.BatchNorm2d(5), nn.ReLU(),
+    """Whatever comes before a ReLU, and whichever sign passes it."""
+    net = nn.Sequential(nn.Conv2d(2, 3, 1), Negate(), nn.ReLU(), Concatenate(3, 2), nn.BatchNorm2d(5), nn.ReLU(),
                         Concatenate(5, 2), nn.Flatten(), nn.Linear(28, 3)).double()  # fmt: skip
+    with torch.no_grad():
+        net[4].weight.fill_(-1.0)
+        net[4].bias.fill_(-0.1)
     x = torch.randn(4, 2, 2, 2).double()
     spec = trace_groups(net, x)
-    assert {b.name: b.size for b in spec.blocks} == {"0": 3, "2.branch": 2, "5.branch": 2}
+    assert {b.name: b.size for b in spec.blocks} == {"0": 3, "3.branch": 2, "6.branch": 2}
     for seed in range(5):
         assert_masked_equals_cut(net, spec, some_kept(spec, seed), x)
 
