@@ -79,7 +79,7 @@ def main() -> None:
         "first-order ReLU, expected log likelihood.  Variance: of the outputs before the softmax, mean over classes "
         f"and rows.  Noise is not clipped to pixel range; its rows are the first {BATTERY_ROWS:,} test rows."
     )
-    write_result("self_compression", rows, seeds=[SEED], notes=notes)
+    write_result("self_compression", rows, seeds=[SEED], notes=notes, options="--data FOLDER")
 
 
 def build() -> nn.Sequential:
@@ -167,7 +167,8 @@ def _noise_rows(name: str, kind: str, size: float, seen: tuple[float, float]) ->
 
 
 def _row(what: str, value: float, unit: str, target: str = "", met: bool | str = "") -> dict[str, Any]:
-    return {"what": what, "value": value, "unit": unit, "target": target, "met": met}
+    word = met if isinstance(met, str) else "yes" if met else "NO"
+    return {"what": what, "value": value, "unit": unit, "target": target, "met": word}
 
 
 if __name__ == "__main__":
