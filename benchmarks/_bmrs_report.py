@@ -40,18 +40,19 @@ def write_report(runs: Path, rules: Mapping[str, Mapping[str, Any]], results: Pa
         raise SystemExit(f"bmrs_tables: {runs}: got no runs; allowed: runs of this benchmark; fix: leave out --measure")
     seeds = sorted({record["seed"] for record in records})
     head = describe_run("bmrs_tables", seeds) | {"command": "; ".join(sorted({r["command"] for r in records}))}
+    head["machine"] |= {"cpu": " and ".join(sorted({r["place"] for r in records}))}
     results.mkdir(parents=True, exist_ok=True)
     write_text(results / "bmrs_tables.json", json.dumps(head | {"rules": rules, "runs": records}, indent=1) + "\n")
     lines = ["# bmrs_tables", "", *INTRODUCTION]
-    places = sorted({(r["dataset"], r["network"]) for r in records}, key=lambda place: (place[0] != "mnist", place))
-    for place in places:
+    networks = sorted({(r["dataset"], r["network"]) for r in records}, key=lambda place: (place[0] != "mnist", place))
+    for place in networks:
         here = [r for r in records if (r["dataset"], r["network"]) == place]
         lines += ["", f"## {place[1]} on {'MNIST' if place[0] == 'mnist' else 'CIFAR-10 (JPEG)'}", ""]
         lines += describe_target(place, here) + tabulate(place, here, list(rules)) + describe_speed(here)
     write_text(
         results / "bmrs_tables.md", "\n".join(lines + ["", "![Curves](bmrs_tables.png)"] + print_run(head)) + "\n"
     )
-    draw_curves(places, records, results / "bmrs_tables.png")
+    draw_curves(networks, records, results / "bmrs_tables.png")
     print("\n".join(lines))
 
 

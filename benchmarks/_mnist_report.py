@@ -81,7 +81,8 @@ def write_report(
             lines += [describe_speed(speed), ""]
     seeds = sorted({p["seed"] for network in found.values() for p in network["points"]})
     record = describe_run("mnist_compression", seeds, "--data FOLDER")
-    lines += print_run(record)
+    trained = sorted({p["place"] for network in found.values() for p in network["points"]})
+    lines += [f"Trained on {' and '.join(trained)}.", *print_run(record)]
     to.mkdir(exist_ok=True)
     everything = record | {"settings": settings, "networks": found}
     (to / "mnist_compression.json").write_text(json.dumps(everything, indent=1) + "\n")

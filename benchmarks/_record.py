@@ -40,6 +40,12 @@ def describe_run(name: str, seeds: list[int], options: str = "") -> dict[str, An
     }
 
 
+def describe_place(device: str = "cpu") -> str:
+    """Processor or GPU and the version of torch, for runs of one table that were made on several machines."""
+    on_gpu = torch.device(device).type == "cuda"
+    return f"{torch.cuda.get_device_name(device) if on_gpu else describe_cpu()}, torch {torch.__version__}"
+
+
 def print_run(record: Mapping[str, Any]) -> list[str]:
     """The same as the closing lines of a Markdown file."""
     machine, versions = record["machine"], record["versions"]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks._bmrs_report import write_report
 from benchmarks._cifar import load_cifar, load_cifar_test
 from benchmarks._mnist import Mnist, Rows, load_mnist, load_test
-from benchmarks._record import RESULTS
+from benchmarks._record import RESULTS, describe_place
 from pyrobc.baselines import Cut
 from pyrobc.batches import seeded
 from pyrobc.checkpoint import write_text
@@ -153,6 +153,7 @@ class Run:
             (anneal(self.epochs), 0.1 * self.setting.lr) if arguments.anneal else (None, self.setting.lr)
         )
         self.identity |= {"epochs": self.epochs, "rows": len(data.train[1]), "command": describe_command(arguments)}
+        self.identity |= {"place": describe_place(arguments.device)}
         with seeded(seed):
             net = self.setting.build()
         family = LogUniform(num_draws=NUM_DRAWS, kl_scale=kl_scale)
@@ -261,8 +262,13 @@ def measure_accuracy(net: nn.Module, rows: Rows) -> float:
 
 
 def describe_command(arguments: Any) -> str:
-    """The options that made a run, the folder of the data aside."""
-    return f"python -m benchmarks.bmrs_tables --data FOLDER --epochs {arguments.epochs}"
+    """The options that made a run; those that only share the work out are left out."""
+    words = [f"--{flag}" for flag in ("inputs", "anneal") if getattr(arguments, flag)]
+    if arguments.temperature != 1.0:
+        words.append(f"--temperature {arguments.temperature:g}")
+    if arguments.device != "cpu":
+        words.append(f"--device {arguments.device}")
+    return " ".join([f"python -m benchmarks.bmrs_tables --data FOLDER --epochs {arguments.epochs}", *words])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from benchmarks._bayes import Road, compress_bayesian
 from benchmarks._mnist import DroppedRows, Mnist, Rows, load_mnist
 from benchmarks._mnist_report import write_report
 from benchmarks._recipe import LEVELS, Settings, run_recipe
-from benchmarks._record import RESULTS
+from benchmarks._record import RESULTS, describe_place
 from pyrobc.batches import seeded
 from pyrobc.checkpoint import write_atomically, write_text
 from pyrobc.codec import decode, encode, order_units
@@ -108,7 +108,10 @@ def train(name: str, method: str, seed: int, data: Mnist, folder: Path) -> None:
     for stop, net in walk(name, method, seed, data.train, dense, place):
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         record = keep(net, data.validation, place / stop) | {"stop": stop, "method": method, "seed": seed}
-        write_text(place / f"{stop}.json", json.dumps(record | {"seconds": seconds}, indent=1) + "\n")
+        write_text(
+            place / f"{stop}.json",
+            json.dumps(record | {"seconds": seconds, "place": describe_place()}, indent=1) + "\n",
+        )
         shown = {k: record[k] for k in ("method", "seed", "stop", "bytes", "validation_error", "validation_nll")}
         print(shown, f"{seconds:.0f} s", flush=True)
     write_text(place / "done", "\n")
