@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyrobc._version import __version__
 from pyrobc.baselines import Cut, list_baselines, measure_baseline, place_cuts
 from pyrobc.bmr import learn_inclusion, reduce
 from pyrobc.dependency import first_tensor
@@ -263,6 +264,6 @@ def _provenance(posterior: Posterior) -> dict[str, Any]:
         "temperature": posterior.history[-1]["temperature"] if posterior.history else 1.0,
         "kl_weights": dict(model.family.kl_weights(model.spec, posterior.num_data)),
         "input_shape": list(example.shape[1:]),
-        "versions": {p: version(p) for p in ("pyrobc", "torch", "pyro-ppl", "numpy")},
+        "versions": {"pyrobc": __version__} | {p: version(p) for p in ("torch", "pyro-ppl", "numpy")},
         "references": [r.bibtex() for r in model.family.references],
     }
