@@ -128,6 +128,13 @@ class Posterior:
         twin.input_rms = self.input_rms
         return twin
 
+    def to(self, device: str | torch.device) -> Posterior:
+        """A copy on another device."""
+        twin = self.copy()
+        twin.model, twin.guide = twin.model.to(device), twin.guide.to(device)
+        twin.input_rms = {name: rms.to(device) for name, rms in self.input_rms.items()}
+        return twin
+
     def restricted(self, kept: Kept) -> Posterior:
         """The posterior of the smaller network, with removed groups' factors sliced away, ready to be re-adapted."""
         guide = self.guide.restricted(self.model.spec, kept)
