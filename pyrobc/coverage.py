@@ -8,7 +8,7 @@ posterior :math:`\tilde q = q\,w/E_q[w]`,
     r \propto \frac{p(y|\theta)\,\tilde p(\theta)}{\tilde q(\theta)} \quad\text{on the support of } \tilde q.
 
 The first factor is :math:`e^{\Delta F}`, in closed form; the second, one where q is the posterior, is what it leaves
-out.  Its expectations are importance sampling: k-hat of r at draws of q says whether q covers the posterior, and at draws of
+out.  Both are importance sampling: k-hat of r at draws of q says whether q covers the posterior, and at draws of
 :math:`\tilde q` whether the reduced posterior covers the posterior of the reduced model.  Removed groups have
 :math:`\tilde q = \tilde p`, so that their sites cancel.
 
