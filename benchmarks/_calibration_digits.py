@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -29,8 +28,8 @@ __all__ = ["measure_change", "measure_labels", "measure_noise"]
 DRAWS = 200  # of the posterior, for k-hat
 
 
-def measure_change(seed: int, family: str, epochs: int, readapt: int, which: int) -> dict[str, Any]:
-    r"""One set of groups drawn at random, 1 to 64 of them: predicted and realised change of the ELBO.
+def measure_change(seed: int, family: str, epochs: int, readapt: int, sets: list[int]) -> dict[str, Any]:
+    r"""Sets of groups drawn at random, 1 to 64 of them: predicted and realised change of the ELBO.
 
     Predicted is the sum of the groups' ΔF, which factorise under a mean-field guide.  Realised is the ELBO of the
     network without them, less that of the whole network, both fitted on for as long.  A point has a density and no
@@ -38,33 +37,6 @@ def measure_change(seed: int, family: str, epochs: int, readapt: int, which: int
     one whose guide is its prior does.  k-hat: does the reduced posterior cover that of the reduced model
     (``pyrobc.coverage``)?
     """
-    digits = load_digits()
-    posterior, start, cover = _fit_digits(seed, family, epochs, readapt)
-    scored = score(posterior)
-    blocks = scored.spec.blocks
-    price = np.concatenate([scored.delta_f[b.name] for b in blocks])
-    odds = np.concatenate([scored.log_odds()[b.name] for b in blocks])
-    generator = np.random.default_rng(1_000 * seed + which)
-    chosen = generator.choice(len(price), 2 ** int(generator.integers(0, 7)), replace=False)
-    edges = np.cumsum([0, *(b.size for b in blocks)])
-    kept: dict[str, Ints] = {
-        b.name: np.setdiff1d(np.arange(b.size), chosen - edge) for b, edge in zip(blocks, edges, strict=False)
-    }
-    after = _estimate_elbo(_continue(posterior.restricted(kept), digits, seed, readapt), digits)
-    return {
-        "size": len(chosen),
-        "wanted": int((odds[chosen] > 0).sum()),
-        "predicted": float(price[chosen].sum()),
-        "realised": after - start,
-        "khat": measure_coverage(posterior, *digits.train, kept, num_draws=DRAWS),
-        "posterior_khat": cover,
-        "good_k": khat_limit(DRAWS),
-    }
-
-
-@functools.cache
-def _fit_digits(seed: int, family: str, epochs: int, readapt: int) -> tuple[Posterior, float, float]:
-    """The fit that all sets start from, the ELBO of the whole network once it was fitted on, and the fit's k-hat."""
     digits, settings = load_digits(), DEMO_SETTINGS[family]
     warmup = min(settings["warmup_epochs"], epochs // 3)
     model = lift(
@@ -74,8 +46,25 @@ def _fit_digits(seed: int, family: str, epochs: int, readapt: int) -> tuple[Post
         model, digits.train, epochs=epochs, warmup_epochs=warmup, lr=settings["lr"], batch_size=settings["batch_size"],
         seed=seed, schedule=anneal(epochs), progress=False,
     )  # fmt: skip
-    cover = measure_coverage(posterior, *digits.train, model.spec.everything(), num_draws=DRAWS)
-    return posterior, _estimate_elbo(_continue(posterior.copy(), digits, seed, readapt), digits), cover
+    scored = score(posterior)
+    blocks = scored.spec.blocks
+    price, odds = (np.concatenate([part[b.name] for b in blocks]) for part in (scored.delta_f, scored.log_odds()))
+    edges = np.cumsum([0, *(b.size for b in blocks)])
+    whole = _estimate_elbo(_continue(posterior.copy(), digits, seed, readapt), digits)
+    found: dict[str, list[float]] = {key: [] for key in ("size", "wanted", "predicted", "realised", "khat")}
+    for which in sets:
+        generator = np.random.default_rng(1_000 * seed + which)
+        chosen = generator.choice(len(price), 2 ** int(generator.integers(0, 7)), replace=False)
+        kept: dict[str, Ints] = {
+            b.name: np.setdiff1d(np.arange(b.size), chosen - edge) for b, edge in zip(blocks, edges, strict=False)
+        }
+        after = _estimate_elbo(_continue(posterior.restricted(kept), digits, seed, readapt), digits)
+        khat = measure_coverage(posterior, *digits.train, kept, num_draws=DRAWS)
+        values = (len(chosen), int((odds[chosen] > 0).sum()), float(price[chosen].sum()), after - whole, khat)
+        for column, value in zip(found.values(), values, strict=True):
+            column.append(value)
+    cover = measure_coverage(posterior, *digits.train, scored.spec.everything(), num_draws=DRAWS)
+    return found | {"posterior_khat": cover, "good_k": khat_limit(DRAWS)}
 
 
 def _continue(posterior: Posterior, digits: Digits, seed: int, epochs: int) -> Posterior:

@@ -30,7 +30,7 @@ def report(folder: Path, num_seeds: int, parts: list[str], is_written: bool = Tr
         some = [run for run in by_part["teacher"] if run["family"] == family]
         rows += _report_teacher(family, some) if some else []
         some = [run for run in by_part["change"] if run["family"] == family]
-        rows += _report_change(family, some) if len(some) > 2 else []
+        rows += _report_change(family, some) if some else []
     rows += [row for run in by_part["labels"] for row in _report_labels(run)]
     rows += [row for run in by_part["noise"] for row in _report_noise(run)]
     planted = {run["seed"] for run in by_part["regression"]}
@@ -113,15 +113,16 @@ def _report_teacher(family: str, runs: list[Row]) -> list[Row]:
 
 
 def _report_change(family: str, runs: list[Row]) -> list[Row]:
-    predicted, realised, khat = (np.array([run[key] for run in runs]) for key in ("predicted", "realised", "khat"))
+    keys = ("predicted", "realised", "khat")
+    predicted, realised, khat = (np.concatenate([run[key] for run in runs]) for key in keys)
     limit = runs[0]["good_k"]
     is_good = khat <= limit
     value = spearmanr(predicted, realised)[0]
-    label = f"digits, {family}, {len(runs)} sets"
+    label = f"digits, {family}, {len(predicted)} sets"
     rows = [
         _row(f"{label}: Spearman of predicted and realised change of the ELBO", value, "", ">= 0.8", value >= 0.8),
         _row(f"{label}: sets whose reduced posterior covers that of the reduced model (k-hat <= {limit:.2f}; from "
-             f"{khat.min():.2f} to {khat.max():.2f})", int(is_good.sum()), f"of {len(runs)}", "none", None),
+             f"{khat.min():.2f} to {khat.max():.2f})", int(is_good.sum()), f"of {len(predicted)}", "none", None),
         _row(f"{label}: k-hat of the whole fit", runs[0]["posterior_khat"], "", "none", None),
     ]  # fmt: skip
     if is_good.sum() > 2:

@@ -10,17 +10,19 @@ Parts; ``--parts`` chooses:
   re-adapting, both fitted on for as long;
 * ``labels``: digits with labels in random order; ``noise``: digits beside 64 pixels of noise.
 
-Every fit is a job of its own, kept in ``runs/decision_calibration`` and not repeated: an interrupted run goes on, and
-``--share 3/16`` does the third of sixteen equal shares, each a process.  ``--report`` writes what is there.  Settings
-are the first ones tried, on other seeds; those of the teacher are published.
+Every fit is a job of its own, kept in ``runs/decision_calibration`` and not repeated: an interrupted run goes on.
+``--processes 16`` runs so many at a time, and ``--report`` writes what is there.  Settings are the first ones tried, on
+other seeds; those of the teacher are published.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,22 +56,18 @@ class Job(NamedTuple):
     part: str
     settings: dict[str, Any]
 
-    @property
-    def path(self) -> Path:
-        """Where its result is kept."""
-        return RUNS / f"{fingerprint({'part': self.part} | self.settings)}.json"
-
-    def run(self) -> None:
+    def run(self, folder: Path) -> str:
         """Measure and keep, unless that was done before."""
-        if self.path.exists():
-            return
+        path = folder / f"{fingerprint({'part': self.part} | self.settings)}.json"
+        if path.exists():
+            return f"{self.part} {self.settings}: done before"
+        torch.set_num_threads(1)
         start = time.process_time()
         found = MEASURES[self.part](**self.settings)
         cost = {"seconds": round(time.process_time() - start, 1), "place": describe_place()}
-        RUNS.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"part": self.part} | self.settings | found | cost, indent=1)
-        write_atomically(self.path, lambda path: path.write_text(text))
-        print(f"{self.part} {self.settings}: {cost['seconds']} s", flush=True)
+        write_atomically(path, lambda unfinished: unfinished.write_text(text))
+        return f"{self.part} {self.settings}: {cost['seconds']} s"
 
 
 def list_jobs(parts: list[str], seeds: int, families: list[str], scale: float) -> Iterator[Job]:
@@ -79,6 +77,7 @@ def list_jobs(parts: list[str], seeds: int, families: list[str], scale: float) -
         return max(4, round(number * scale))
 
     first, jobs = {"seed": FIRST_SEED}, []
+    chunk, chunks = (SETS // 8, 8) if scale == 1.0 else (2, 2)
     demo = DEMO_SETTINGS[DEFAULT_FAMILY]
     demo = demo | {key: shorten(demo[key]) for key in ("epochs", "warmup_epochs")}
     everyone = range(FIRST_SEED, FIRST_SEED + seeds)
@@ -86,9 +85,9 @@ def list_jobs(parts: list[str], seeds: int, families: list[str], scale: float) -
     jobs += [Job(part, first | {"family": DEFAULT_FAMILY, "settings": demo}) for part in ("noise", "labels")]
     jobs += [Job("nuts", first | {"family": "log_uniform", "chain": c} | lengths) for c in range(CHAINS)]
     for family in [name for name in families if name in DEMO_SETTINGS]:
-        epochs = shorten(DEMO_SETTINGS[family]["epochs"])
+        epochs = shorten(60)
         change = first | {"family": family, "epochs": epochs, "readapt": max(1, epochs // 4)}
-        jobs += [Job("change", change | {"which": w}) for w in range(shorten(SETS))]
+        jobs += [Job("change", change | {"sets": list(range(k, k + chunk))}) for k in range(0, chunk * chunks, chunk)]
     for family in families:
         jobs += [Job("teacher", {"seed": s, "family": family, "steps": shorten(6000)}) for s in everyone]
     for family in families:
@@ -105,19 +104,18 @@ if __name__ == "__main__":
     parser.add_argument("--parts", nargs="+", default=list(MEASURES), choices=list(MEASURES))
     parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="of planted data")
     parser.add_argument("--families", nargs="+", default=["log_uniform"], choices=list(FAMILIES))
-    parser.add_argument("--share", default="1/1", help="which of how many equal shares of the jobs to run")
+    parser.add_argument("--processes", type=int, default=1, help="jobs at a time, a thread each")
     parser.add_argument("--report", action="store_true", help="write the results of what was run before, run nothing")
     parser.add_argument("--smoke", action="store_true", help="one seed, fits too short to mean anything; no results")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    folder = RUNS
     if arguments.smoke:
-        RUNS, arguments.seeds = RUNS.with_name("decision_calibration_smoke"), 1
-    which, shares = map(int, arguments.share.split("/"))
-    jobs = list(list_jobs(arguments.parts, arguments.seeds, arguments.families, 0.02 if arguments.smoke else 1.0))
+        folder, arguments.seeds = RUNS.with_name("decision_calibration_smoke"), 1
     if not arguments.report:
-        for job in jobs[which - 1 :: shares]:
-            job.run()
-    if arguments.report or (shares == 1 and not arguments.smoke):
-        report(RUNS, NUM_SEEDS, list(MEASURES))
-    elif arguments.smoke:
-        report(RUNS, NUM_SEEDS, list(MEASURES), is_written=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        jobs = list_jobs(arguments.parts, arguments.seeds, arguments.families, 0.02 if arguments.smoke else 1.0)
+        spawning = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(arguments.processes, spawning) as pool:
+            for done in as_completed([pool.submit(job.run, folder) for job in jobs]):
+                print(done.result(), flush=True)
+    report(folder, NUM_SEEDS, list(MEASURES), is_written=not arguments.smoke)
