@@ -18,18 +18,13 @@ from numpy.typing import NDArray
 
 from pyrobc.errors import MissingExtraError
 
-__all__ = ["build_tree", "diagnose_chains", "find_hdi", "leave_one_out", "ratio_khat", "to_arviz"]
+__all__ = ["build_tree", "diagnose_chains", "find_hdi", "leave_one_out", "to_arviz"]
 
 Floats = NDArray[np.float64]
 _SHORTEST_TAIL = 5  # ratios to which a Pareto tail is fitted at least
 _PLOTTED = ("posterior", "prior", "log_likelihood", "posterior_predictive", "observed_data")
 
 _stats: Any = arviz_stats.base.array_stats  # type: ignore[attr-defined]
-
-
-def ratio_khat(log_ratios: Floats) -> float:
-    """k-hat of importance ratios, one per draw."""
-    return float(_stats.psislw(log_ratios - log_ratios.max())[1])
 
 
 def find_hdi(draws: Floats, probability: float) -> Floats:

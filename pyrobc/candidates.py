@@ -31,6 +31,8 @@ class Candidate:
         macs: multiply-accumulates left.
         elpd_all: estimate of elpd over all rows of the data.
         subsampling_se: its standard error from having looked at a sample of them; zero where all were.
+        cover_khat: k-hat of its reduced posterior against the posterior of the reduced model (``coverage``); NaN on
+            held-out rows.
     """
 
     num_removed: int
@@ -43,6 +45,7 @@ class Candidate:
     macs: int
     elpd_all: float
     subsampling_se: float
+    cover_khat: float
 
 
 def choose_sizes(log_odds: Floats, count: int) -> list[int]:
@@ -67,7 +70,13 @@ def keep_all_but(spec: GroupSpec, removed: Ints) -> dict[str, Ints]:
 
 
 def compare_candidate(
-    costs: tuple[int, int], removed: int, fit: tuple[Floats, Floats], full: Floats, good_k: float, rows: DecisionRows
+    costs: tuple[int, int],
+    removed: int,
+    fit: tuple[Floats, Floats],
+    full: Floats,
+    good_k: float,
+    rows: DecisionRows,
+    cover_khat: float,
 ) -> Candidate:
     """Densities and k-hats of every row, summed up and compared with those of the full network."""
     elpd_i, khat = fit
@@ -87,5 +96,10 @@ def compare_candidate(
         }
     parameters, macs = costs
     return Candidate(
-        num_removed=removed, khat_bad=float((khat > good_k).mean()), parameters=parameters, macs=macs, **numbers
+        num_removed=removed,
+        khat_bad=float((khat > good_k).mean()),
+        parameters=parameters,
+        macs=macs,
+        cover_khat=cover_khat,
+        **numbers,
     )

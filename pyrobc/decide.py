@@ -3,6 +3,11 @@ r"""From scores and evidence to a plan: prune, keep, or abstain, each with its r
 A rule (``pyrobc.rules``) judges every group.  By default that is posterior odds, or the cut of a baseline, and then, if
 held-in evidence is given, the cut steps back along the nested path until the reduced network predicts about as well as
 the full one (``rules.predictive``).  No layer is left empty, whatever the rule.
+
+Evidence also tells whether there is anything to keep: a full network whose ELPD is not more than ``max_worse`` standard
+errors above that of a predictor that never reads the inputs has learnt nothing that can be told from chance, and the
+plan notes that the fit is worthless.  Its groups are still judged as the rule judges them: of labels in random order
+the right network is a near-empty one.
 """
 
 from __future__ import annotations
@@ -80,6 +85,11 @@ def decide(
         checked = step_back(outcomes, evidence, max_worse, notes)
         if (left := _count_pruned(outcomes)) < wanted:
             notes.append(f"stepped back from {wanted} to {left} groups removed")
+    if evidence is not None and evidence.gain <= max_worse * evidence.gain_se:
+        notes.append(
+            f"the fit is worthless: its ELPD is {evidence.gain:.3g} nats (SE {evidence.gain_se:.3g}) above that of a "
+            "predictor that does not read the inputs; fit longer, with another lr, or check that the targets belong"
+        )
     if count is not None:
         _take_first(outcomes, log_odds, count, notes)
     _refill(score.spec, log_odds, outcomes, empty_block, notes)

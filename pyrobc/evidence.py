@@ -7,9 +7,13 @@ predictive density is PSIS leave-one-out.  Draws come from a variational q, so t
 correction is worse than none, and q is taken as the posterior, which is said.  On *held-out* rows no leave-one-out is
 needed: :math:`\mathrm{elpd}_i = \ln\frac1S\sum_s p(y_i|\theta_s)`.
 
+The k-hat of each candidate is that of its reduced posterior against the posterior of its reduced model (``coverage``).
 Each group's change of prior has a k-hat of its own, that of the weights :math:`\tilde p(z_s)/p(z_s)` at draws of its
-multiplier: whether importance sampling would have found the score.  A closed form does not need that, and its k-hat is
-a statement about how far the reduction moves the posterior.
+multiplier: whether importance sampling would have found the score, infinite where no draw reaches the ROPE.  A closed
+form does not need that: it says how far the reduction moves the posterior, not whether ΔF is right.
+
+Whether the fit learned anything is asked as well: the ELPD of the full network beside that of a predictor that knows
+the targets and not the inputs (``Likelihood.predict_constant``).
 """
 
 from __future__ import annotations
@@ -22,22 +26,20 @@ import numpy as np
 import torch
 import xarray as xr
 from numpy.typing import NDArray
-from pyro.distributions import Delta
 from torch import Tensor
-from torch.distributions import Independent
 from tqdm.auto import tqdm
 
-from pyrobc.arviz_io import build_tree, diagnose_chains, find_hdi, leave_one_out, ratio_khat, to_arviz
-from pyrobc.batches import seeded
+from pyrobc.arviz_io import build_tree, diagnose_chains, find_hdi, leave_one_out, to_arviz
+from pyrobc.batches import move, seeded
 from pyrobc.bmr.monte_carlo import estimate_reduction
 from pyrobc.bmr.pareto import khat_limit
 from pyrobc.candidates import Candidate, choose_sizes, compare_candidate, count_wanted, keep_all_but
+from pyrobc.coverage import log_ratio, ratio_khat
 from pyrobc.decision_rows import DecisionRows, take_rows
 from pyrobc.errors import ConfigError, DataError, ReductionError
 from pyrobc.fit import fit
 from pyrobc.groups import Ints, Kept
-from pyrobc.meanfield import slice_site
-from pyrobc.posterior import Posterior
+from pyrobc.posterior import Posterior, evaluating
 from pyrobc.scores import PriorOdds, Score
 
 __all__ = ["Candidate", "Evidence", "evidence"]
@@ -60,6 +62,9 @@ class Evidence:
         posterior_khat: k-hat of p(theta|y)/q(theta); how well q covers the posterior.
         good_k: its limit for this number of draws.
         method: how elpd was estimated, in words.
+        gain: elpd of the full network minus that of a predictor that does not read the inputs, nats over the rows
+            looked at; NaN where that has none.
+        gain_se: standard error of this paired difference.
     """
 
     tree: xr.DataTree
@@ -68,6 +73,8 @@ class Evidence:
     posterior_khat: float
     good_k: float
     method: str
+    gain: float = float("nan")
+    gain_se: float = float("nan")
 
     def to_arviz(self, network: Literal["full", "reduced"] = "full") -> Any:
         """What the installed ArviZ takes, for the full network or the one that the score alone would choose.
@@ -149,6 +156,7 @@ def evidence(
     full_log_lik, predicted = _predict_full(fits, chains, rows, seed, progress)
     method, khat, good_k = "mean over draws on held-out rows", float("nan"), float("nan")
     densities: dict[int, tuple[Floats, Floats]] = {}
+    covers: dict[int, float] = {}
     is_corrected = False
     for removed in choose_sizes(log_odds, num_candidates):
         kept = keep_all_but(spec, order[:removed])
@@ -161,9 +169,10 @@ def evidence(
             elpd_i = np.logaddexp.reduce(log_lik, axis=0) - np.log(num_draws)
             densities[removed] = elpd_i, np.zeros(len(elpd_i))
         else:
-            ratio = _log_ratio(judged, draws, left) + posterior.num_data / len(rows.targets) * log_lik.sum(1)
+            ratio = log_ratio(judged, draws, left) + posterior.num_data / len(rows.targets) * log_lik.sum(1)
+            covers[removed] = ratio_khat(ratio)
             if removed == 0:
-                khat, good_k = ratio_khat(ratio), khat_limit(num_draws)
+                khat, good_k = covers[0], khat_limit(num_draws)
                 is_corrected = khat <= good_k
                 method = "PSIS-LOO, corrected for q" if is_corrected else "PSIS-LOO, q taken as the posterior"
             use = is_corrected and bool(np.isfinite(ratio).any())
@@ -172,7 +181,9 @@ def evidence(
             chosen_log_lik = log_lik
     full = densities[0][0]
     candidates = tuple(
-        compare_candidate(spec.forecast(keep_all_but(spec, order[:n])), n, found, full, good_k, rows)
+        compare_candidate(
+            spec.forecast(keep_all_but(spec, order[:n])), n, found, full, good_k, rows, covers.get(n, np.nan)
+        )
         for n, found in densities.items()
     )
     multipliers = np.stack([_read_multipliers(one, draws) for one, draws in zip(fits, chains, strict=True)])
@@ -195,7 +206,7 @@ def evidence(
         candidates={k: np.array([vars(c)[k] for c in candidates]) for k in vars(candidates[0])},
         attributes={"family": posterior.model.family.name, "seed": posterior.seed, "label": score.label},
     )
-    return Evidence(tree, candidates, order, khat, good_k, method)
+    return Evidence(tree, candidates, order, khat, good_k, method, *_measure_gain(posterior, rows, full))
 
 
 def _predict_full(
@@ -228,6 +239,16 @@ def _predict_full(
     return np.stack(log_lik).reshape(*shape, -1), np.stack(predicted).reshape(*shape, *predicted[0].shape)
 
 
+def _measure_gain(posterior: Posterior, rows: DecisionRows, full: Floats) -> tuple[float, float]:
+    """ELPD of the full network minus that of a predictor that knows the other rows' targets only, and its error."""
+    model = posterior.model
+    with torch.no_grad(), evaluating(model):
+        outputs = model.run(posterior.mean(), move(model.example_inputs, model.anchor))
+    constant = model.likelihood.predict_constant(rows.targets, outputs.shape[-1])
+    gap = full - constant.double().cpu().numpy()
+    return float(gap.sum()), float(np.sqrt(len(gap) * gap.var()))
+
+
 def _compute_log_lik(
     posterior: Posterior, rows: DecisionRows, draws: Draws, kept: Kept, removed: int, progress: bool
 ) -> Floats:
@@ -239,30 +260,6 @@ def _compute_log_lik(
 def _readapt(posterior: Posterior, kept: Kept, settings: Mapping[str, Any], seed: int) -> Posterior:
     small = posterior.restricted(kept)
     return fit(small.model, **({"seed": seed, "progress": False} | dict(settings)), guide=small.guide)
-
-
-def _log_ratio(posterior: Posterior, draws: Draws, kept: Kept) -> Floats:
-    """Log prior minus log guide of the kept sites at each draw; points are constant and left out.
-
-    A prior that couples the entries of a tensor has no density of a part: its tensors count whole.
-    """
-    model = posterior.model
-    priors, laws = model.priors(), posterior.laws()
-    indices = model.spec.kept_indices(kept)
-    total = np.zeros(len(draws))
-    with torch.no_grad():
-        for site, law in laws.items():
-            if isinstance(law, Delta):
-                continue
-            q, p = (d.base_dist if isinstance(d, Independent) else d for d in (law, priors[site]))
-            for s, values in enumerate(draws):
-                value = values[site]
-                if p.event_shape:
-                    total[s] += float(p.log_prob(value).sum().double() - q.log_prob(value).double().sum())
-                    continue
-                term = (p.log_prob(value) - q.log_prob(value)).double().expand(value.shape)
-                total[s] += float(slice_site(site, term, model.spec, kept, indices).sum())
-    return total
 
 
 def _change_khats(posterior: Posterior, score: Score, num_draws: int, seed: int) -> Floats:

@@ -1,4 +1,15 @@
-"""What the network's output says about the targets: Categorical, Normal with a learned scale, Bernoulli."""
+r"""What the network's output says about the targets: Categorical, Normal with a learned scale, Bernoulli.
+
+Each also says how well a row is predicted by the other rows' targets alone, whatever the inputs: what a fit must beat.
+With reference priors (Jeffreys' for frequencies, :math:`1/\sigma` for location and scale) the predictive law of row i
+given the others is, of n rows of which :math:`n_k` have class k of K,
+
+.. math::
+    p(y_i = k \mid y_{-i}) = \frac{n_k - 1 + 1/2}{n - 1 + K/2}, \qquad
+    y_i \mid y_{-i} \sim t_{n-2}\Big(\bar y_{-i},\; s_{-i}\sqrt{1 + \tfrac1{n-1}}\Big),
+
+the first also for each 0 or 1 with K = 2, the second for each real output, :math:`s^2` with denominator n - 2.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +42,15 @@ class Likelihood(ABC):
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """What users call the error, per row: wrong label (0 or 1), or squared error."""
+
+    @abstractmethod
+    def predict_constant(self, targets: Tensor, num_classes: int) -> Tensor:
+        """Log density of every row's target given those of the other rows, in nats, float64, shape ``[rows]``.
+
+        Args:
+            targets: of all rows.
+            num_classes: outputs of the network, which classes are as many as.
+        """
 
     @abstractmethod
     def check(self, targets: Tensor, outputs: Tensor) -> None:
@@ -73,6 +93,10 @@ class Categorical(Likelihood):
             return (p * (1 - p) * moments.variance).sum(-1)
         return (p * moments.variance).sum(-1) - torch.einsum("ri,rij,rj->r", p, moments.covariance, p)
 
+    def predict_constant(self, targets: Tensor, num_classes: int) -> Tensor:
+        """By how often the other rows have the class."""
+        return _predict_frequency(torch.bincount(targets, minlength=num_classes)[targets], len(targets), num_classes)
+
     def check(self, targets: Tensor, outputs: Tensor) -> None:
         """Integer labels between 0 and the number of outputs."""
         classes = outputs.shape[-1]
@@ -111,6 +135,18 @@ class Normal(Likelihood):
         """Variances in units of the noise's: exact, as the log likelihood is quadratic."""
         return moments.variance.flatten(1).sum(1) / values["y.scale"].square()
 
+    def predict_constant(self, targets: Tensor, num_classes: int) -> Tensor:
+        """Student's t around the mean of the other rows; NaN below three rows, or where the others do not differ."""
+        y, n = targets.double().reshape(len(targets), -1), len(targets)
+        if n < 3:
+            return y.new_full((n,), torch.nan)
+        centred = y - y.mean(0)
+        mean = -centred / (n - 1)  # of the others, from the mean of all
+        squares = (centred.square().sum(0) - centred.square() * (n / (n - 1))).clamp_min(0.0)
+        scale = (squares / (n - 2) * (n / (n - 1))).sqrt()
+        law = dist.StudentT(n - 2.0, mean, scale, validate_args=False)
+        return torch.where((scale > 0).all(1), law.log_prob(centred).sum(1), torch.nan)
+
     def check(self, targets: Tensor, outputs: Tensor) -> None:
         """Finite reals of the outputs' shape."""
         _check_reals(targets, outputs)
@@ -145,6 +181,12 @@ class Bernoulli(Likelihood):
         p = moments.mean.sigmoid()
         return (p * (1 - p) * moments.variance).flatten(1).sum(1)
 
+    def predict_constant(self, targets: Tensor, num_classes: int) -> Tensor:
+        """By how often the other rows have a one, output by output."""
+        y = targets.double().reshape(len(targets), -1)
+        ones = y.sum(0)
+        return _predict_frequency(torch.where(y > 0.5, ones, len(y) - ones), len(y), 2).sum(1)
+
     def check(self, targets: Tensor, outputs: Tensor) -> None:
         """Zeros and ones of the outputs' shape."""
         _check_reals(targets, outputs)
@@ -172,6 +214,11 @@ def make_likelihood(likelihood: Likelihood | str) -> Likelihood:
             fix=suggest(str(likelihood), _LIKELIHOODS),
         )
     return _LIKELIHOODS[likelihood]()
+
+
+def _predict_frequency(count: Tensor, rows: int, classes: int) -> Tensor:
+    """Of ``count`` rows with the same class, this one among them."""
+    return torch.log((count.double() - 0.5) / (rows - 1 + 0.5 * classes))
 
 
 def _check_reals(targets: Any, outputs: Tensor) -> None:

@@ -14,9 +14,13 @@ A dimension of attention's queries feeds products with keys in place of a layer.
 product of what queries and keys have there, :math:`\sum_i r_i^2 E[w_{gi}]^2 + E[b_g]^2` each (of independent inputs),
 and :math:`T^2` the sum over all dimensions of :math:`E[z_g]^2 c_g^2`.
 
-A threshold is capped where the ROPE would hold more than 99% of the prior, so that a group which
-carries nothing at all still has finite odds.  Without gates the multiplier is the size of the group's own weights, to
-which what it carries is proportional: its threshold is the same, in units of the size that is deployed.
+A group whose weights carry nothing stays below its share at every multiplier: its ROPE is the whole support, the
+posterior probability of it is one whatever the data say, and the threshold infinite.  So that thresholds and odds are
+finite, a threshold ends where the prior leaves a mass of :math:`10^{-12}` above it: the posterior odds of an unlearnt
+multiplier (:math:`q = p`) are :math:`10^{12}` there, beyond any level that is asked for.  (A cap at 99% of the prior
+would put a floor of 0.01 under every probability of being needed, and a rule that bounds the rate of false removals at
+0.01 could remove nothing.)  Without gates the multiplier is the size of the group's own weights, to which what it
+carries is proportional: its threshold is the same, in units of the size that is deployed.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ __all__ = ["DEFAULT_EPSILON", "find_sizes", "negligible_thresholds"]
 DEFAULT_EPSILON = 1e-2
 """Share of a layer's input below which a group is negligible, unless the user says otherwise."""
 
-_LARGEST_PRIOR_MASS = 0.99
+_SMALLEST_MASS_ABOVE = 1e-12
 
 
 def negligible_thresholds(
@@ -114,11 +118,13 @@ def _column_power(weight: str, mean: Effective, input_rms: Mapping[str, Tensor])
 
 
 def _prior_cap(prior: Distribution, like: Tensor) -> Tensor:
-    """The size of multiplier with prior probability 0.99 below it, by bisection on its logarithm."""
+    """The size of multiplier with prior probability 1e-12 above it, by bisection on its logarithm."""
     low, high = torch.full_like(like, -50.0), torch.full_like(like, 50.0)
-    log_mass = math.log(_LARGEST_PRIOR_MASS)
+    top = torch.full_like(like, torch.inf)
     for _ in range(60):
         middle = (low + high) / 2
-        is_below = interval_log_mass(prior, -middle.exp(), middle.exp()) < log_mass
+        size = middle.exp()
+        above = torch.logaddexp(interval_log_mass(prior, size, top), interval_log_mass(prior, -top, -size))
+        is_below = above > math.log(_SMALLEST_MASS_ABOVE)
         low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
     return low.exp()

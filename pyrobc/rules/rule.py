@@ -59,6 +59,14 @@ class NestedEvidence(Protocol):
     def good_k(self) -> float:
         """Its limit."""
 
+    @property
+    def gain(self) -> float:
+        """ELPD of the full network minus that of a predictor that does not read the inputs, nats."""
+
+    @property
+    def gain_se(self) -> float:
+        """Its standard error."""
+
     def hdi(self, probability: float) -> NDArray[np.float64]:
         """Highest-density interval of every multiplier, ``[groups, 2]``, in the order of ``spec.labels()``."""
 

@@ -54,6 +54,7 @@ LAYERS = {
         "arviz_io",
         "baselines",
         "candidates",
+        "coverage",
         "decide",
         "decision_rows",
         "evidence",

@@ -7,6 +7,7 @@ import pytest
 
 from pyrobc.decide import decide
 from pyrobc.errors import BudgetError, ConfigError, PlanError
+from pyrobc.rules import PosteriorOdds
 
 KEEP = {"input": np.full(6, -5.0), "0": np.full(10, -5.0), "2": np.full(5, -5.0)}
 
@@ -20,14 +21,20 @@ def outcomes(plan, name):
     return next(block.outcomes for block in plan.blocks if block.name == name)
 
 
-def nested(order, *rows, khat=0.1):
+def nested(order, *rows, khat=0.1, gain=50.0):
     """Evidence with candidates ``(num_removed, diff)``; the full network's SE is 2 nats."""
     candidates = [
         SimpleNamespace(num_removed=n, elpd=-50 + d, se=2.0, diff=d, diff_se=0.1, khat_bad=0.0, parameters=1, macs=1)
         for n, d in rows
     ]
     return SimpleNamespace(
-        candidates=candidates, order=np.asarray(order), method="by hand", posterior_khat=khat, good_k=0.7
+        candidates=candidates,
+        order=np.asarray(order),
+        method="by hand",
+        posterior_khat=khat,
+        good_k=0.7,
+        gain=gain,
+        gain_se=5.0,
     )
 
 
@@ -80,6 +87,17 @@ def test_a_better_reduced_network_passes(mlp_spec, by_hand):
 def test_poor_guide_is_said(mlp_spec, by_hand):
     plan = decide(by_hand(mlp_spec, odds()), nested(range(21), (0, 0.0), khat=1.5))
     assert "k-hat 1.50 > 0.70" in plan.notes[0]
+
+
+@pytest.mark.parametrize(("gain", "is_said"), [(-3.0, True), (9.9, True), (10.1, False), (np.nan, False)])
+def test_a_worthless_fit_is_said(mlp_spec, by_hand, gain, is_said):
+    """Two standard errors of five nats; under every rule, and whatever it prunes."""
+    path = nested(range(21), (0, 0.0), gain=gain)
+    for rule in (None, PosteriorOdds()):
+        plan = decide(by_hand(mlp_spec, odds()), path, rule)
+        assert any("the fit is worthless" in note for note in plan.notes) is is_said
+    if is_said:
+        assert f"its ELPD is {gain:.3g} nats (SE 5) above that of a predictor" in " ".join(plan.notes)
 
 
 def test_block_is_never_emptied(mlp_spec, by_hand):

@@ -19,6 +19,8 @@ from pyrobc.decision_rows import DecisionRows, estimate_total, take_rows
 from pyrobc.errors import ConfigError, DataError, MissingExtraError
 from pyrobc.evidence import evidence
 from pyrobc.fit import fit
+from pyrobc.rules import HighestDensity
+from pyrobc.scores import score
 
 
 def test_full_network_comes_first_and_sizes_fall(compressed):
@@ -94,6 +96,29 @@ def test_rows_that_every_draw_predicts_with_certainty():
     assert np.isfinite(khat[[0, 3]]).all() and (elpd_i[[0, 3]] < 0).all()
     only_certain, _ = leave_one_out(np.zeros((80, 2)), np.zeros(80))
     np.testing.assert_allclose(only_certain, 0.0, atol=1e-14)
+
+
+def test_gain_is_over_a_predictor_without_inputs(compressed):
+    """Leave-one-out of the network row by row, less that of label frequencies."""
+    log_lik, y = compressed.evidence.tree["log_likelihood"]["y"].values[0], compressed.data[1].numpy()
+    elpd_i, _ = leave_one_out(log_lik, np.zeros(len(log_lik)))
+    gap = elpd_i - np.log((np.bincount(y)[y] - 0.5) / len(y))
+    assert compressed.evidence.gain == pytest.approx(gap.sum(), rel=1e-6)
+    assert compressed.evidence.gain_se == pytest.approx(np.sqrt(300) * gap.std(), rel=1e-6)
+    assert compressed.evidence.gain > 10 * compressed.evidence.gain_se
+    assert not any("worthless" in note for note in compressed.plan.notes)
+
+
+def test_labels_in_random_order_are_worthless_and_said():
+    """Nothing can be learnt: little is left, and the plan says that the fit is worth nothing."""
+    x, y = torch.randn(200, 6), torch.randint(0, 2, (200,))
+    net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 2))
+    result = compress(
+        net, (x, y), family_args={"gate_lr": 3.0}, epochs=60, lr=5e-2, readapt_epochs=0, num_draws=50, progress=False
+    )
+    assert abs(result.evidence.gain) < 2 * result.evidence.gain_se + 5
+    assert any(note.startswith("the fit is worthless: its ELPD is") for note in result.plan.notes)
+    assert result.plan.parameters[1] < result.plan.parameters[0] / 2
 
 
 def test_tree_holds_labelled_draws(compressed):
@@ -236,7 +261,7 @@ def test_reduced_network_that_holds_a_row_impossible_never_passes(compressed):
     elpd_i, khat = leave_one_out(log_lik, np.zeros(60))
     assert elpd_i[1] == -np.inf and khat[1] == np.inf and np.isfinite(np.delete(elpd_i, 1)).all()
     rows = DecisionRows(None, torch.zeros(5), np.arange(5), None)
-    made = compare_candidate((10, 20), 3, (elpd_i, khat), np.zeros(5), 0.7, rows)
+    made = compare_candidate((10, 20), 3, (elpd_i, khat), np.zeros(5), 0.7, rows, 0.1)
     assert made.elpd == made.diff == -np.inf and np.isnan(made.se)
     whole = dataclasses.replace(compressed.evidence, candidates=(compressed.evidence.candidates[0], made))
     assert decide(compressed.score, whole).kept() == {"input": [*range(6)], "0": [*range(10)], "2": [*range(5)]}
@@ -304,6 +329,31 @@ def test_no_decision_reads_the_test_set():
         assert len(labels) == 150 and labels.sum() == int(y[:150].sum())
 
 
+def test_no_step_of_compress_but_the_last_reads_the_test_set():
+    """Test rows whose every reading is noted, and the evidence's own rows: none before the table."""
+    read = []
+
+    class Noted(torch.utils.data.Dataset):
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, index):
+            names, frame = [], sys._getframe(1)
+            while frame is not None:
+                names.append(frame.f_code.co_name)
+                frame = frame.f_back
+            read.append(names)
+            return torch.zeros(4), 1
+
+    x = torch.randn(100, 4)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    loader = torch.utils.data.DataLoader(Noted(), batch_size=20)
+    compress(net, (x, (x[:, 0] > 0).long()), test=loader, epochs=2, readapt_epochs=1, num_draws=25, progress=False)
+    assert read, "the table reads them"
+    for names in read:
+        assert not {"fit", "score", "evidence", "decide", "apply"} & set(names), names
+
+
 def test_shuffled_rows_are_the_same_rows_again(compressed):
     """A loader that shuffles from the global generator: repeated exactly, and that generator untouched."""
     loader = TensorLoader(*compressed.data, batch_size=32)
@@ -317,6 +367,24 @@ def test_shuffled_rows_are_the_same_rows_again(compressed):
     assert first.tree["observed_data"].to_dataset().equals(again.tree["observed_data"].to_dataset())
 
 
-def test_no_rows_are_refused(compressed):
-    with pytest.raises(DataError):
-        evidence(compressed.posterior, compressed.score, [])
+@pytest.mark.parametrize("is_training_data", [True, False])
+@pytest.mark.parametrize("data", [[], (torch.zeros(0, 6), torch.zeros(0).long())], ids=["list", "arrays"])
+def test_no_rows_are_refused(compressed, data, is_training_data):
+    with pytest.raises(DataError, match="; allowed: .*; fix: "):
+        evidence(compressed.posterior, compressed.score, data, is_training_data=is_training_data)
+
+
+def test_gates_that_do_not_vary_are_reported(compressed):
+    """A guide whose gates are all but constant: no R-hat, no k-hat that is not a number, and a plan all the same."""
+    fixed = compressed.posterior.copy()
+    with torch.no_grad():
+        for site, factor in fixed.guide.by_site().items():
+            if site.endswith(".gate"):
+                factor.log_scale.fill_(-20.0)
+    scored = score(fixed)
+    checked = evidence(fixed, scored, compressed.data, num_draws=30, num_candidates=2, others=[fixed])
+    assert not np.isnan([checked.posterior_khat, *(c.cover_khat for c in checked.candidates)]).any()
+    assert not np.isnan(checked.tree["bmr"]["khat"].values).any()
+    plan = decide(scored, checked)
+    assert {0, 1} <= set(plan.kept()["input"])
+    HighestDensity().judge(scored, checked)

@@ -114,3 +114,27 @@ def test_outputs_without_a_trailing_axis_can_be_fitted() -> None:
         lift(net, "log_uniform", "normal", x[:2]), (x, y), epochs=2, progress=False, validation=(x, y), patience=1
     )
     assert np.isfinite(post.history[-1]["error"])
+
+
+def test_targets_alone_are_predicted_from_the_other_rows() -> None:
+    """Frequencies counted and Student's t fitted by scipy, one row left out at a time."""
+    labels = torch.tensor([0, 2, 1, 1, 0, 0, 2])
+    rest = [np.delete(labels.numpy(), i) for i in range(7)]
+    expected = [np.log(((r == y).sum() + 0.5) / (6 + 0.5 * 4)) for r, y in zip(rest, labels.numpy(), strict=True)]
+    np.testing.assert_allclose(Categorical().predict_constant(labels, 4), expected, rtol=1e-12)
+
+    bits = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    found = Bernoulli().predict_constant(bits, 2)
+    columns = [Categorical().predict_constant(bits[:, j].long(), 2) for j in range(2)]
+    np.testing.assert_allclose(found, columns[0] + columns[1], rtol=1e-12)
+
+    y = torch.randn(9, 2).double() * torch.tensor([1.0, 30.0]) + 1e3
+    found = Normal().predict_constant(y, 2)
+    for i in range(9):
+        others = np.delete(y.numpy(), i, axis=0)
+        scale = others.std(0, ddof=1) * np.sqrt(1 + 1 / 8)
+        density = scipy.stats.t.logpdf(y[i].numpy(), 7, others.mean(0), scale).sum()
+        assert float(found[i]) == pytest.approx(density, rel=1e-9)
+    assert bool(Normal().predict_constant(y[:2], 2).isnan().all())
+    assert bool(Normal().predict_constant(torch.ones(5, 1), 1).isnan().all())
+    assert Normal().predict_constant(y[:, 0], 9).shape == (9,)

@@ -6,7 +6,7 @@ import torch
 from pyro.distributions import Delta
 from torch import nn
 
-from pyrobc.evidence import _log_ratio
+from pyrobc.coverage import log_ratio
 from pyrobc.family import families
 from pyrobc.lift import lift
 from pyrobc.posterior import Posterior
@@ -29,4 +29,4 @@ def test_log_ratio_is_that_of_the_sites(family, likelihood):
             )
             for values in draws
         ]
-    np.testing.assert_allclose(_log_ratio(posterior, draws, model.spec.everything()), expected, rtol=1e-4)
+    np.testing.assert_allclose(log_ratio(posterior, draws, model.spec.everything()), expected, rtol=1e-4)

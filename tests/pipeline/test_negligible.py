@@ -15,6 +15,8 @@ from pyrobc.groups import GroupSpec
 from pyrobc.lift import lift
 from pyrobc.negligible import negligible_thresholds
 from pyrobc.posterior import Posterior
+from pyrobc.rules import FalsePruneRate
+from pyrobc.scores import score
 
 
 class TwoReaders(nn.Module):
@@ -104,7 +106,13 @@ def test_thresholds_are_proportional_to_epsilon() -> None:
         torch.testing.assert_close(large[block], 100 * small[block])
 
 
-def test_the_prior_caps_a_threshold_at_its_99th_percentile() -> None:
+def log_mass_above(prior: object, bound: Tensor) -> Tensor:
+    """Of multipliers larger than the bound, on both sides of zero."""
+    top = torch.full_like(bound, math.inf)
+    return torch.logaddexp(interval_log_mass(prior, bound, top), interval_log_mass(prior, -top, -bound))
+
+
+def test_the_prior_caps_a_threshold_where_it_ends() -> None:
     spec, mean, rms = a_case()
     mean.parameters["side.weight"][:, 0].zero_()
     mean.parameters["head.weight"][:, 0].zero_()  # group 0 of the stem carries nothing anywhere
@@ -116,13 +124,13 @@ def test_the_prior_caps_a_threshold_at_its_99th_percentile() -> None:
         capped = negligible_thresholds(
             spec, mean, rms, 1e-2, {"stem": prior, "side": HalfCauchyProduct(torch.ones(2).double())}
         )
-        assert float(prior.cdf(capped["stem"])[0]) == pytest.approx(0.99, abs=1e-9)
+        assert float(log_mass_above(prior, capped["stem"])[0].exp()) == pytest.approx(1e-12, rel=1e-3)
         torch.testing.assert_close(capped["stem"][1:], free[1:])
 
 
 @pytest.mark.parametrize("family", ["log_uniform", "group_horseshoe", "group_normal_jeffreys"])
-def test_the_cap_leaves_one_percent_of_the_prior_outside(family: str) -> None:
-    """Signed multipliers count on both sides."""
+def test_the_cap_is_beyond_all_but_the_end_of_the_prior(family: str) -> None:
+    """Signed multipliers count on both sides, and odds are finite and far above those of any rate that is asked for."""
     net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
     with torch.no_grad():
         net[0].weight[:, 0] = 0.0  # an input that carries nothing
@@ -130,5 +138,23 @@ def test_the_cap_leaves_one_percent_of_the_prior_outside(family: str) -> None:
     posterior = Posterior(model.double(), model.new_guide(), num_data=10)
     bound = posterior.thresholds(1e-2)["input"]
     prior = posterior.scales()["input"].prior
-    mass = interval_log_mass(prior, -bound, bound).exp()
-    assert float(mass[0]) == pytest.approx(0.99, abs=1e-6)
+    assert float(log_mass_above(prior, bound)[0].exp()) == pytest.approx(1e-12, rel=1e-3)
+    odds = score(posterior).log_odds()["input"]
+    assert 15 < odds[0] <= 700 and np.isfinite(odds).all()
+
+
+def test_an_unlearnt_gate_that_carries_nothing_is_not_needed() -> None:
+    """q = p, weights of zero: posterior odds are prior odds, and a rate of 0.001 is met."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        net[0].weight[:, :2] = 0.0
+    model = lift(net, "log_uniform", "categorical", torch.randn(2, 3).double())
+    guide = model.new_guide()
+    with torch.no_grad():
+        gates = guide.by_site()["input.gate"]
+        gates.loc.fill_(-10.0)
+        gates.log_scale.fill_(8.0)  # flat on the support: the log-uniform law itself
+    scored = score(Posterior(model.double(), guide, num_data=10))
+    np.testing.assert_allclose(scored.log_odds()["input"][:2], math.log(1e12), rtol=1e-4)
+    outcomes = [row[0] for row in FalsePruneRate(0.001).judge(scored).outcomes["input"]]
+    assert outcomes[:2] == ["prune", "prune"] and outcomes[2] != "prune"

@@ -55,7 +55,13 @@ class Says(Rule):
 def path_of(*rows, order=range(21), se=2.0):
     candidates = [SimpleNamespace(num_removed=n, diff=d, se=se, khat_bad=0.0) for n, d in rows]
     return SimpleNamespace(
-        candidates=candidates, order=np.asarray(order), method="by hand", posterior_khat=0.1, good_k=0.7
+        candidates=candidates,
+        order=np.asarray(order),
+        method="by hand",
+        posterior_khat=0.1,
+        good_k=0.7,
+        gain=50.0,
+        gain_se=5.0,
     )
 
 
