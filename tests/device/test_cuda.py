@@ -53,7 +53,7 @@ def test_a_fit_stays_on_the_device_and_scores_agree_with_the_processor(name: str
     for block, values in on_cpu.delta_f.items():
         np.testing.assert_allclose(on_gpu.delta_f[block], values, rtol=1e-5, atol=1e-6)
     first, second = decide(on_gpu), decide(on_cpu)
-    assert first.kept == second.kept
+    assert first.kept() == second.kept()
     small = apply(first, there)
     x = some_data()[0]
     expected = apply(second, here)(x)
