@@ -155,9 +155,11 @@ def _run_inspect(options: Namespace, command: list[str]) -> int:
     print(f"multiply-accumulates {plan.macs[0]:,} -> {plan.macs[1]:,}")
     rows = [[b.name, str(b.size), *(str(b.outcomes.count(o)) for o in OUTCOMES)] for b in plan.blocks]
     print_table(["block", "groups", *OUTCOMES], rows)
-    facts = {"rule": plan.rule, "evidence": plan.evidence, "from": plan.provenance, "left alone": plan.left_alone}
+    print(f"rule: {plan.describe_rule()}")
+    facts = {"weights": plan.rule.get("weights", {}), "cuts": plan.rule.get("cuts", {}), "evidence": plan.evidence}
+    facts |= {"from": plan.provenance, "left alone": plan.left_alone}
     for title, values in facts.items():
-        shown = {key: value for key, value in values.items() if key not in ("references", "steps")}
+        shown = {key: value for key, value in values.items() if key != "references"}
         if shown:
             print(f"{title}: {_join(shown, '; ')}")
     for note in plan.notes:
