@@ -27,8 +27,9 @@ from pyrobc.negligible import DEFAULT_EPSILON
 from pyrobc.plan import Plan
 from pyrobc.posterior import Posterior
 from pyrobc.pruning import PruneEachEpoch
-from pyrobc.rules import Rule, make_rule
+from pyrobc.rules import PosteriorOdds, Rule, make_rule
 from pyrobc.scores import PriorOdds, Score, score
+from pyrobc.sensitivity import Sensitivity, measure_sensitivity
 from pyrobc.settings import check_settings
 from pyrobc.surgery import apply
 from pyrobc.thinning import KeepWeights, check_thinning, record_thinning, thin
@@ -50,6 +51,7 @@ class Result:
         dense: the network it is compared with.
         table: measured rows, dense and compact.
         diagnosis: what else compression changed, on test rows of class labels.
+        sensitivity: groups that the first round would keep at other ``epsilon``.
         example_inputs: a batch of one.
     """
 
@@ -63,6 +65,7 @@ class Result:
     dense: nn.Module
     table: list[dict[str, Any]] = field(default_factory=list)
     diagnosis: Diagnosis | None = None
+    sensitivity: Sensitivity | None = None
 
 
 def compress(
@@ -203,6 +206,8 @@ def compress(
             progress=progress,
         )
         step = decide(scored, checked, by, prior_odds=prior_odds, max_worse=max_worse, budget=budget, round_to=round_to)
+        if not steps:
+            sensitivity = measure_sensitivity(posterior, scored, checked, by or PosteriorOdds(prior_odds), seed=seed)
         steps.append((scored, checked))
         plan = step if plan is None else plan.then(step)
         compact = apply(step, posterior, example_inputs=move(example, posterior.model.anchor))
@@ -231,6 +236,7 @@ def compress(
         plan = record_thinning(cast(Plan, plan), model.spec, posterior, keep_weights, coarseness)
         compact = posterior.to_module()
     result = Result(compact, cast(Plan, plan), posterior, *steps[0], history, example, dense=dense or net)
+    result.sensitivity = sensitivity
     if test is not None:
         result.table = compare({"dense": result.dense, "compact": compact}, test, likelihood)
         result.table[0]["is_as_given"] = dense is None

@@ -54,7 +54,7 @@ class Evidence:
         tree: groups ``posterior`` and ``prior`` of the multipliers, ``log_likelihood`` and ``posterior_predictive`` of
             the full network, ``reduced`` (log likelihood of the network that the score alone would choose),
             ``observed_data``, ``bmr`` (ΔF, its MCSE, log odds, k-hat of the change of prior; R-hat and ESS where
-            several fits were given) and ``candidates``.
+            several fits were given), ``candidates``, and ``pointwise`` (ELPD and k-hat of each row under each).
         candidates: the nested path, the full network first.
         order: groups from first to leave to last, as positions in ``score.spec.labels()``.
         posterior_khat: k-hat of p(theta|y)/q(theta); how well q covers the posterior.
@@ -180,6 +180,7 @@ def evidence(
     with seeded(seed):
         prior = [scales[b.name].prior.sample(torch.Size((num_draws,))).cpu().numpy() for b in spec.blocks]
     bmr = {"delta_f": _flat(score, score.delta_f), "mcse": _flat(score, score.mcse), "log_odds": log_odds}
+    bmr["threshold"], bmr["rank"] = _flat(score, score.threshold), np.argsort(order).astype(np.float64)
     bmr["khat"] = _change_khats(posterior, score, max(num_draws, 1000), seed)
     if others:
         bmr["rhat"], bmr["ess"] = diagnose_chains(multipliers)
@@ -193,8 +194,10 @@ def evidence(
         groups=spec.labels(),
         bmr=bmr,
         candidates={k: np.array([vars(c)[k] for c in candidates]) for k in vars(candidates[0])},
-        attributes={"family": posterior.model.family.name, "seed": posterior.seed, "label": score.label},
-    )
+        pointwise={k: np.stack([found[i] for found in densities.values()]) for i, k in enumerate(("elpd", "khat"))},
+        attributes={"family": posterior.model.family.name, "seed": posterior.seed, "label": score.label,
+                    "method": method, "posterior_khat": khat, "good_k": good_k},
+    )  # fmt: skip
     return Evidence(tree, candidates, order, khat, good_k, method)
 
 

@@ -62,12 +62,12 @@ def test_compress_from_file_to_report(here, capfd):
         "plan.json",
         "posterior.nc",
         "report.html",
-        "table.json",
+        "report.json",
     }
     assert "checkpoints" not in files, "a finished run leaves none to resume from by mistake"
     plan = read_plan(here / "out" / "plan.json")
     assert plan.provenance["seed"] == 3
-    table = json.loads((here / "out" / "table.json").read_text())
+    table = json.loads((here / "out" / "report.json").read_text())
     assert [row["name"] for row in table["table"]] == ["dense", "compact"]
     assert max(table["differences"].values()) <= 1e-5
     assert "pyrobc compress --config run.yaml --seed 3" in (here / "out" / "report.html").read_text()
@@ -96,8 +96,8 @@ def test_a_rule_and_rounded_widths_from_a_run_file(here, capfd):
     assert main(["compress", "--config", "run.yaml"]) == 0
     plan = read_plan("out/plan.json")
     assert plan.describe_rule() == (
-        "PosteriorOdds(prior_odds='implied', z=2.0) & FalsePruneRate(level=0.1, prior_odds='implied', z=2.0), round_to=4 "
-        "on rope with epsilon=0.01"
+        "PosteriorOdds(prior_odds='implied', z=2.0) & FalsePruneRate(level=0.1, prior_odds='implied', z=2.0), "
+        "round_to=4 on rope with epsilon=0.01"
     )
     assert all(after % 4 == 0 or after == before for before, after in plan.widths.values())
     assert main(["compress", "--config", "out/run.yaml", "--output", "again"]) == 0
@@ -149,7 +149,7 @@ def test_checkpoint_of_another_run_is_refused(interrupted, capsys):
 
 WRONG = {
     "comprss": "did you mean 'compress'",
-    "--verbose": "allowed: demo, compress, inspect, pack, unpack, doctor",
+    "--verbose": "allowed: demo, compress, inspect, report, pack, unpack, doctor",
     "demo --sead 1": "did you mean '--seed'",
     "demo --family hrseshoe": "did you mean 'group_horseshoe'",
     "demo --output run.yaml/x": "a directory that can be written",
