@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pyrobc.diagnose import diagnose as diagnose
     from pyrobc.evidence import Evidence as Evidence
     from pyrobc.evidence import evidence as evidence
+    from pyrobc.evidence_file import read_evidence as read_evidence
     from pyrobc.export import load as load
     from pyrobc.export import save as save
     from pyrobc.family import Family as Family
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from pyrobc.pruning import PruneEachEpoch as PruneEachEpoch
     from pyrobc.pruning import prune_in_steps as prune_in_steps
     from pyrobc.report import compression_table as compression_table
+    from pyrobc.report import report_run as report_run
     from pyrobc.report import write_report as write_report
     from pyrobc.scores import Score as Score
     from pyrobc.scores import score as score
@@ -72,7 +74,8 @@ _PUBLIC = {
     "compress": "compress", "compression_table": "report", "decide": "decide", "diagnose": "diagnose",
     "evidence": "evidence", "fit": "fit", "fold_scales": "folding", "keep_covariance": "predictive", "lift": "lift",
     "load": "export", "move_to_grid": "gridding", "propagate": "predictive", "prune_in_steps": "pruning",
-    "prune_weights": "weights", "read_plan": "plan", "save": "export", "score": "scores", "score_weights": "weights",
+    "prune_weights": "weights", "read_evidence": "evidence_file", "read_plan": "plan",
+    "report_run": "report", "save": "export", "score": "scores", "score_weights": "weights",
     "sparsify": "sparsify", "write_report": "report",
 }  # fmt: skip
 _PACKAGES = ("bits", "bmr", "codec", "dists", "errors", "families", "guides", "models", "rules")

@@ -86,6 +86,7 @@ def build_tree(
     groups: list[str],
     bmr: Mapping[str, Floats],
     candidates: Mapping[str, NDArray[Any]],
+    pointwise: Mapping[str, Floats],
     attributes: Mapping[str, Any],
 ) -> xr.DataTree:
     """All of the evidence under ArviZ's names: draws are ``[chain, draw, ...]``, the rest has a value per group or row.
@@ -100,6 +101,7 @@ def build_tree(
         groups: labels.
         bmr: columns by group.
         candidates: columns by candidate.
+        pointwise: columns by candidate and row, ``[candidate, row]``.
         attributes: of the tree.
     """
     rows = ["row", *(f"output_{i}" for i in range(1, observed.ndim))]
@@ -119,6 +121,7 @@ def build_tree(
     )
     tree["bmr"] = xr.DataTree(xr.Dataset({k: ("group", v) for k, v in bmr.items()}, coords={"group": groups}))
     tree["candidates"] = xr.DataTree(xr.Dataset({k: ("candidate", v) for k, v in candidates.items()}))
+    tree["pointwise"] = xr.DataTree(xr.Dataset({k: (("candidate", "row"), v) for k, v in pointwise.items()}))
     tree.attrs |= dict(attributes)
     return tree
 

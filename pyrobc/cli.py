@@ -1,4 +1,4 @@
-"""The command ``pyrobc``: demo, compress, inspect, pack, unpack, doctor.
+"""The command ``pyrobc``: demo, compress, inspect, report, pack, unpack, doctor.
 
 A refusal is one line on stderr and exit code 2; an interrupted run ends with 130 and resumes when started again.
 Nothing heavy is imported before a command runs, so that help and refusals come at once.
@@ -7,7 +7,6 @@ Nothing heavy is imported before a command runs, so that help and refusals come 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shlex
 import shutil
@@ -100,6 +99,13 @@ def _make_inspect_parser() -> ArgumentParser:
     return parser
 
 
+def _make_report_parser() -> ArgumentParser:
+    parser = make_parser("report", "write the report of a run anew, from its directory; nothing is fitted")
+    parser.add_argument("run", type=str, help="directory that compress wrote, or save")
+    parser.add_argument("--output", type=str | None, default=None, help="file to write; report.html in the directory")
+    return parser
+
+
 def _make_doctor_parser() -> ArgumentParser:
     return make_parser("doctor", "show versions, devices, and what is missing")
 
@@ -155,13 +161,22 @@ def _run_inspect(options: Namespace, command: list[str]) -> int:
     print(f"multiply-accumulates {plan.macs[0]:,} -> {plan.macs[1]:,}")
     rows = [[b.name, str(b.size), *(str(b.outcomes.count(o)) for o in OUTCOMES)] for b in plan.blocks]
     print_table(["block", "groups", *OUTCOMES], rows)
-    facts = {"rule": plan.rule, "evidence": plan.evidence, "from": plan.provenance, "left alone": plan.left_alone}
+    print(f"rule: {plan.describe_rule()}")
+    facts = {"weights": plan.rule.get("weights", {}), "cuts": plan.rule.get("cuts", {}), "evidence": plan.evidence}
+    facts |= {"from": plan.provenance, "left alone": plan.left_alone}
     for title, values in facts.items():
-        shown = {key: value for key, value in values.items() if key not in ("references", "steps")}
+        shown = {key: value for key, value in values.items() if key != "references"}
         if shown:
             print(f"{title}: {_join(shown, '; ')}")
     for note in plan.notes:
         print(f"note: {note}")
+    return 0
+
+
+def _run_report(options: Namespace, command: list[str]) -> int:
+    from pyrobc.report import report_run
+
+    print(f"report: {report_run(options.run, options.output)}")
     return 0
 
 
@@ -177,6 +192,7 @@ COMMANDS: dict[str, tuple[Callable[[], ArgumentParser], Callable[[Namespace, lis
     "demo": (_make_demo_parser, _run_demo),
     "compress": (_make_compress_parser, _run_compress),
     "inspect": (_make_inspect_parser, _run_inspect),
+    "report": (_make_report_parser, _run_report),
     "pack": (coded_files.make_pack_parser, coded_files.run_pack),
     "unpack": (coded_files.make_unpack_parser, coded_files.run_unpack),
     "doctor": (_make_doctor_parser, _run_doctor),
@@ -187,15 +203,14 @@ def _finish(result: Any, folder: Path, command: list[str]) -> None:
     """Write the files and the report, print the table, and drop the checkpoints: the run needs them no more."""
     from pyrobc.checkpoint import write_text
     from pyrobc.export import save, verify
-    from pyrobc.report import describe_measurement, tabulate, write_report
+    from pyrobc.report import describe_measurement, report_run, tabulate
+    from pyrobc.run_record import NAME, make_record
 
     files = save(result.net, result.plan, folder, evidence=result.evidence, example_inputs=result.example_inputs)
     differences = verify(result.net, folder, result.example_inputs)
-    measured = json.dumps({"table": result.table, "differences": differences}, indent=1)
-    write_text(folder / "table.json", measured + "\n")
-    report = write_report(
-        result, folder / "report.html", files=files, differences=differences, command=shlex.join(command)
-    )
+    record = make_record(result, command=shlex.join(command), differences=differences, notes=files.notes)
+    write_text(folder / NAME, record.to_json())
+    report = report_run(folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     print_table(["", "dense", "compact", "ratio"], [list(row.values()) for row in tabulate(result)])
     print(describe_measurement(result))

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyrobc.baselines import list_baselines
 from pyrobc.batches import as_loader, check_batch, check_rows, count_rows, move
 from pyrobc.compare import compare
 from pyrobc.decide import decide
+from pyrobc.decision_settings import check_decision
 from pyrobc.dependency import first_tensor
 from pyrobc.diagnose import Diagnosis, diagnose
-from pyrobc.errors import ConfigError, check_kind, suggest
+from pyrobc.errors import check_kind
 from pyrobc.evidence import Evidence, evidence
 from pyrobc.family import Family, make_family
 from pyrobc.fit import anneal, fit
@@ -27,7 +27,9 @@ from pyrobc.negligible import DEFAULT_EPSILON
 from pyrobc.plan import Plan
 from pyrobc.posterior import Posterior
 from pyrobc.pruning import PruneEachEpoch
+from pyrobc.rules import PosteriorOdds, Rule, make_rule
 from pyrobc.scores import PriorOdds, Score, score
+from pyrobc.sensitivity import Sensitivity, measure_sensitivity
 from pyrobc.settings import check_settings
 from pyrobc.surgery import apply
 from pyrobc.thinning import KeepWeights, check_thinning, record_thinning, thin
@@ -49,6 +51,7 @@ class Result:
         dense: the network it is compared with.
         table: measured rows, dense and compact.
         diagnosis: what else compression changed, on test rows of class labels.
+        sensitivity: groups that the first round would keep at other ``epsilon``.
         example_inputs: a batch of one.
     """
 
@@ -62,6 +65,7 @@ class Result:
     dense: nn.Module
     table: list[dict[str, Any]] = field(default_factory=list)
     diagnosis: Diagnosis | None = None
+    sensitivity: Sensitivity | None = None
 
 
 def compress(
@@ -90,6 +94,8 @@ def compress(
     prior_odds: PriorOdds = "implied",
     max_worse: float = 2.0,
     budget: int | None = None,
+    rule: Rule | str | Mapping[str, Any] | None = None,
+    round_to: int = 1,
     prune_each_epoch: bool = False,
     keep_weights: KeepWeights = None,
     coarseness: float | None = None,
@@ -127,6 +133,9 @@ def compress(
         prior_odds: ``implied``, ``learned``, a probability, or ``none`` for the bare Bayes factor.
         max_worse: standard errors by which the reduced ELPD may fall short.
         budget: largest number of parameters, zeros included.
+        rule: one of ``pyrobc.rules`` or several composed, or its name and settings (``make_rule``), in place of the
+            default one, which ``prior_odds``, ``max_worse`` and ``budget`` describe.
+        round_to: channels that each block keeps a multiple of, 8 for most hardware.
         prune_each_epoch: whether groups leave after every epoch of the first fit already, by the score alone; the rest
             of the fit then costs what the smaller network costs.
         keep_weights: weights and biases that stay inside what the groups keep: a number, a share of the parameters of
@@ -146,7 +155,12 @@ def compress(
     )  # fmt: skip
     check_kind(net, nn.Module, "network", "a torch.nn.Module", "pass the network itself, not its class or name")
     chosen = make_family(family, **dict(family_args or {}))
-    _check_choices(chosen, reduction, epsilon, prior_odds, num_draws, evidence_rows, readapt_epochs, rounds, max_worse)
+    by = None if rule is None else make_rule(rule)
+    check_decision(
+        chosen, by, reduction=reduction, epsilon=epsilon, prior_odds=prior_odds, max_worse=max_worse, budget=budget,
+        round_to=round_to, num_draws=num_draws, evidence_rows=evidence_rows, readapt_epochs=readapt_epochs,
+        rounds=rounds, prune_each_epoch=prune_each_epoch, keep_weights=keep_weights,
+    )  # fmt: skip
     check_thinning(chosen, keep_weights, coarseness, readapt_epochs)
     law = make_likelihood(likelihood)
     loader = as_loader(data, batch_size=batch_size)
@@ -163,7 +177,7 @@ def compress(
         "seed": seed, "lr": lr, "temperature": temperature, "clip_norm": clip_norm, "device": device,
         "dtype": dtype, "progress": progress, "validation": validation, "patience": patience,
     }  # fmt: skip
-    rule = PruneEachEpoch(reduction, prior_odds, epsilon) if prune_each_epoch else None
+    pruning = PruneEachEpoch(reduction, prior_odds, epsilon) if prune_each_epoch else None
     posterior = fit(
         model,
         loader,
@@ -171,13 +185,13 @@ def compress(
         schedule=anneal(epochs),
         warmup_epochs=warmup_epochs,
         checkpoint=_checkpoint(output, 0),
-        prune=rule,
+        prune=pruning,
         **settings,
     )
     readapt = epochs // 4 if readapt_epochs is None else readapt_epochs
     history = list(posterior.history)
     steps: list[tuple[Score, Evidence]] = []
-    plan = rule.plan if rule else None
+    plan = pruning.plan if pruning else None
     compact = posterior.to_module()
     for cut in range(1, rounds + 1):
         scored = score(posterior, reduction, epsilon=epsilon, seed=seed)
@@ -185,13 +199,15 @@ def compress(
             posterior,
             scored,
             loader,
-            prior_odds=prior_odds,
+            prior_odds=prior_odds if by is None else None,
             num_draws=num_draws,
             max_rows=evidence_rows,
             seed=seed,
             progress=progress,
         )
-        step = decide(scored, checked, prior_odds=prior_odds, max_worse=max_worse, budget=budget)
+        step = decide(scored, checked, by, prior_odds=prior_odds, max_worse=max_worse, budget=budget, round_to=round_to)
+        if not steps:
+            sensitivity = measure_sensitivity(posterior, scored, checked, by or PosteriorOdds(prior_odds), seed=seed)
         steps.append((scored, checked))
         plan = step if plan is None else plan.then(step)
         compact = apply(step, posterior, example_inputs=move(example, posterior.model.anchor))
@@ -220,44 +236,13 @@ def compress(
         plan = record_thinning(cast(Plan, plan), model.spec, posterior, keep_weights, coarseness)
         compact = posterior.to_module()
     result = Result(compact, cast(Plan, plan), posterior, *steps[0], history, example, dense=dense or net)
+    result.sensitivity = sensitivity
     if test is not None:
         result.table = compare({"dense": result.dense, "compact": compact}, test, likelihood)
         result.table[0]["is_as_given"] = dense is None
         if law.name == "categorical" and first_tensor(first_inputs).is_floating_point():
             result.diagnosis = diagnose(result.dense, compact, test)
     return result
-
-
-def _check_choices(
-    family: Family,
-    reduction: str | None,
-    epsilon: float,
-    prior_odds: PriorOdds,
-    num_draws: int,
-    evidence_rows: int,
-    readapt_epochs: int | None,
-    rounds: int,
-    max_worse: float,
-) -> None:
-    """Refuse before the fit what scoring, evidence or the decision would refuse after it."""
-    known = [*family.reduced(), *list_baselines(family)]
-    is_baseline = reduction in list_baselines(family)
-    is_odds = prior_odds in ("implied", "learned", "none") or (not isinstance(prior_odds, str) and 0 < prior_odds < 1)
-    rules = (
-        ("reduction", reduction, reduction is None or reduction in known, ", ".join(known)),
-        ("epsilon", epsilon, 0 < epsilon < 1, "a share between 0 and 1"),
-        ("prior_odds", prior_odds, is_odds, "implied, learned, none, or a probability between 0 and 1"),
-        ("prior_odds", prior_odds, not is_baseline or prior_odds == "implied", "none for a baseline, which has a cut"),
-        ("num_draws", num_draws, num_draws >= 25, "25 or more"),
-        ("evidence_rows", evidence_rows, evidence_rows >= 2, "2 or more"),
-        ("readapt_epochs", readapt_epochs, readapt_epochs is None or readapt_epochs >= 0, "0 or more, or None"),
-        ("rounds", rounds, rounds >= 1, "1 or more"),
-        ("max_worse", max_worse, max_worse >= 0, "0 or more standard errors"),
-    )
-    for name, value, is_fine, allowed in rules:
-        if not is_fine:
-            fix = suggest(str(value), known) if name == "reduction" else "leave it out for the default"
-            raise ConfigError(name, got=repr(value), allowed=allowed, fix=fix)
 
 
 def _checkpoint(output: str | Path | None, number: int) -> Path | None:

@@ -90,6 +90,10 @@ class RunConfig:
     )
     max_worse: float = _key("standard errors by which the reduced ELPD may fall short", 2.0)
     budget: int | None = _key("largest number of parameters", None)
+    rule: str | dict[str, Any] | None = _key(
+        "decision rule in place of the default: predictive, {false_prune_rate: {level: 0.05}}, {all: [...]}, ...", None
+    )
+    round_to: int = _key("channels that each block keeps a multiple of", 1)
     prune_each_epoch: bool = _key("whether groups leave after every epoch of the first fit already", False)
     keep_weights: int | float | Literal["odds"] | None = _key(
         "weights that stay inside the groups: a number, a share of the dense parameters, or odds", None

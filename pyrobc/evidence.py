@@ -56,7 +56,7 @@ class Evidence:
         tree: groups ``posterior`` and ``prior`` of the multipliers, ``log_likelihood`` and ``posterior_predictive`` of
             the full network, ``reduced`` (log likelihood of the network that the score alone would choose),
             ``observed_data``, ``bmr`` (ΔF, its MCSE, log odds, k-hat of the change of prior; R-hat and ESS where
-            several fits were given) and ``candidates``.
+            several fits were given), ``candidates``, and ``pointwise`` (ELPD and k-hat of each row under each).
         candidates: the nested path, the full network first.
         order: groups from first to leave to last, as positions in ``score.spec.labels()``.
         posterior_khat: k-hat of p(theta|y)/q(theta); how well q covers the posterior.
@@ -191,9 +191,11 @@ def evidence(
     with seeded(seed):
         prior = [scales[b.name].prior.sample(torch.Size((num_draws,))).cpu().numpy() for b in spec.blocks]
     bmr = {"delta_f": _flat(score, score.delta_f), "mcse": _flat(score, score.mcse), "log_odds": log_odds}
+    bmr["threshold"], bmr["rank"] = _flat(score, score.threshold), np.argsort(order).astype(np.float64)
     bmr["khat"] = _change_khats(posterior, score, max(num_draws, 1000), seed)
     if others:
         bmr["rhat"], bmr["ess"] = diagnose_chains(multipliers)
+    gain = _measure_gain(posterior, rows, full)
     tree = build_tree(
         multipliers=multipliers,
         prior=np.concatenate(prior, axis=1)[None],
@@ -204,9 +206,11 @@ def evidence(
         groups=spec.labels(),
         bmr=bmr,
         candidates={k: np.array([vars(c)[k] for c in candidates]) for k in vars(candidates[0])},
-        attributes={"family": posterior.model.family.name, "seed": posterior.seed, "label": score.label},
-    )
-    return Evidence(tree, candidates, order, khat, good_k, method, *_measure_gain(posterior, rows, full))
+        pointwise={k: np.stack([found[i] for found in densities.values()]) for i, k in enumerate(("elpd", "khat"))},
+        attributes={"family": posterior.model.family.name, "seed": posterior.seed, "label": score.label,
+                    "method": method, "posterior_khat": khat, "good_k": good_k, "gain": gain[0], "gain_se": gain[1]},
+    )  # fmt: skip
+    return Evidence(tree, candidates, order, khat, good_k, method, *gain)
 
 
 def _predict_full(

@@ -7,7 +7,6 @@ the posterior, and the shapes of the network it belongs to, so that it refuses a
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 
 from pyrobc.errors import PlanError, suggest
+from pyrobc.json_numbers import decode_numbers, encode_numbers
 
 __all__ = ["BlockPlan", "Plan", "SlicePlan", "read_plan"]
 
@@ -119,7 +119,23 @@ class Plan:
         score, odds = ("dF", "log odds") if self.baseline is None else (self.baseline, "minus its cut")
         unit = " nats" if self.baseline is None else ""
         numbers = f"{score} = {block.delta_f[i]:.4g}{unit}, {odds} = {block.log_odds[i]:.4g}"
-        return f"{group}: {block.outcomes[i]}: {block.reasons[i]} ({numbers})"
+        return f"{group}: {block.outcomes[i]}: {block.reasons[i]} ({numbers}) by {self.describe_rule()}"
+
+    def describe_rule(self) -> str:
+        """The decision rule as it is written in Python, and what it looked at."""
+        rule, text = self.rule, self.rule.get("by")
+        if text is None:
+            odds, z = (rule.get(key) for key in ("prior_odds", "z"))
+            text = "BeyondCut()" if self.baseline else f"PosteriorOdds(prior_odds={odds!r}, z={z!r})"
+            if self.evidence:
+                text += f" & Predictive(max_worse={rule.get('max_worse')!r})"
+            if rule.get("budget") is not None:
+                text = f"({text}) | Budget(parameters={rule['budget']})"
+        for key in ("count", "round_to"):
+            text += f", {key}={rule[key]}" if key in rule else ""
+        return f"{text} on {self.baseline or rule.get('reduction')}" + (
+            "" if self.baseline else f" with epsilon={rule.get('epsilon')}"
+        )
 
     def diff(self, other: Plan) -> list[str]:
         """Where two plans for the same network differ, one line each.
@@ -179,7 +195,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Deterministic JSON text."""
-        return json.dumps(_encode(asdict(self)), indent=1, sort_keys=True) + "\n"
+        return json.dumps(encode_numbers(asdict(self)), indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str, source: str = "plan") -> Plan:
@@ -189,7 +205,7 @@ class Plan:
             PlanError: not JSON, another format, or fields that are missing, unknown or inconsistent.
         """
         try:
-            data = _decode(json.loads(text))
+            data = decode_numbers(json.loads(text))
         except (ValueError, RecursionError) as error:
             raise _refuse(source, f"text that is not JSON ({error})") from error
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
@@ -285,24 +301,3 @@ def _refuse(source: str, got: str) -> PlanError:
 
 def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-
-
-def _encode(value: Any) -> Any:
-    """JSON has no NaN and no infinities: they become ``{"float": "nan"}``."""
-    if isinstance(value, Mapping):
-        return {str(key): _encode(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(part) for part in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else {"float": repr(float(value))}
-    if isinstance(value, np.integer):
-        return int(value)
-    return value
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {"float"} and value["float"] in ("nan", "inf", "-inf"):
-            return float(value["float"])
-        return {key: _decode(part) for key, part in value.items()}
-    return [_decode(part) for part in value] if isinstance(value, list) else value

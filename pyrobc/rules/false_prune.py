@@ -32,7 +32,7 @@ from scipy.special import expit
 from pyrobc.errors import ReductionError
 from pyrobc.outcomes import Outcomes
 from pyrobc.rules.odds import explain_undefined
-from pyrobc.rules.rule import NestedEvidence, Rule, Verdict, check_setting
+from pyrobc.rules.rule import NestedEvidence, Rule, Verdict, check_setting, is_prior_odds
 from pyrobc.scores import PriorOdds, Score
 
 __all__ = ["FalsePruneRate"]
@@ -56,16 +56,20 @@ class FalsePruneRate(Rule):
     def __post_init__(self) -> None:
         check_setting(self.name, "level", self.level, 0 < self.level < 1, "a share between 0 and 1")
         check_setting(self.name, "z", self.z, self.z >= 0, "0 or more standard errors")
-        is_odds = self.prior_odds != "none"
+        is_odds = is_prior_odds(self.prior_odds) and self.prior_odds != "none"
         check_setting(self.name, "prior_odds", self.prior_odds, is_odds, "'implied', 'learned', or a probability")
+
+    def check(self, label: str, is_baseline: bool) -> None:
+        """A baseline has no probabilities."""
+        if is_baseline:
+            raise ReductionError(
+                f"false-prune rate of the baseline {label!r}", got="no probabilities",
+                allowed="a score made by a reduction", fix="use BeyondCut(), or score by a reduction",
+            )  # fmt: skip
 
     def judge(self, score: Score, evidence: NestedEvidence | None = None) -> Verdict:
         """Evidence is not read."""
-        if score.cuts is not None:
-            raise ReductionError(
-                f"false-prune rate of the baseline {score.label!r}", got="no probabilities",
-                allowed="a score made by a reduction", fix="use BeyondCut(), or score by a reduction",
-            )  # fmt: skip
+        self.check(score.label, score.cuts is not None)
         log_odds = score.log_odds(self.prior_odds)
         odds, mcse = (np.concatenate([part[b.name] for b in score.spec.blocks]) for part in (log_odds, score.mcse))
         is_known = ~np.isnan(odds) & (odds < np.inf) & np.isfinite(mcse)

@@ -19,7 +19,7 @@ import numpy as np
 
 from pyrobc.errors import ReductionError
 from pyrobc.outcomes import Outcomes
-from pyrobc.rules.rule import NestedEvidence, Odds, Rule, Verdict, check_setting
+from pyrobc.rules.rule import NestedEvidence, Odds, Rule, Verdict, check_setting, is_prior_odds
 from pyrobc.scores import PriorOdds, Score
 
 __all__ = ["BeyondCut", "PosteriorOdds", "explain_undefined", "name_odds"]
@@ -40,14 +40,20 @@ class PosteriorOdds(Rule):
 
     def __post_init__(self) -> None:
         check_setting(self.name, "z", self.z, self.z >= 0, "0 or more standard errors")
+        allowed = "'implied', 'learned', 'none', or a probability"
+        check_setting(self.name, "prior_odds", self.prior_odds, is_prior_odds(self.prior_odds), allowed)
+
+    def check(self, label: str, is_baseline: bool) -> None:
+        """A baseline has no odds."""
+        if is_baseline:
+            raise ReductionError(
+                f"posterior odds of the baseline {label!r}", got="no log Bayes factor",
+                allowed="a score made by a reduction", fix="use BeyondCut(), or score by a reduction",
+            )  # fmt: skip
 
     def judge(self, score: Score, evidence: NestedEvidence | None = None) -> Verdict:
         """Evidence is not read."""
-        if score.cuts is not None:
-            raise ReductionError(
-                f"posterior odds of the baseline {score.label!r}", got="no log Bayes factor",
-                allowed="a score made by a reduction", fix="use BeyondCut(), or score by a reduction",
-            )  # fmt: skip
+        self.check(score.label, score.cuts is not None)
         log_odds = score.log_odds(self.prior_odds)
         return Verdict(_compare_with_zero(score, log_odds, self.z), log_odds)
 
@@ -58,13 +64,17 @@ class BeyondCut(Rule):
 
     name: ClassVar[str] = "cut"
 
-    def judge(self, score: Score, evidence: NestedEvidence | None = None) -> Verdict:
-        """Evidence is not read."""
-        if score.cuts is None:
+    def check(self, label: str, is_baseline: bool) -> None:
+        """A reduction has no cut."""
+        if not is_baseline:
             raise ReductionError(
-                f"cut of the reduction {score.label!r}", got="a log Bayes factor, which has none",
+                f"cut of the reduction {label!r}", got="a log Bayes factor, which has none",
                 allowed="a baseline", fix="use PosteriorOdds(), or score(posterior, 'magnitude')",
             )  # fmt: skip
+
+    def judge(self, score: Score, evidence: NestedEvidence | None = None) -> Verdict:
+        """Evidence is not read."""
+        self.check(score.label, score.cuts is not None)
         above = score.log_odds()
         return Verdict(_compare_with_zero(score, above, 0.0), above)
 

@@ -28,7 +28,7 @@ from pyrobc.groups import Ints
 from pyrobc.outcomes import Outcomes
 from pyrobc.scores import Score
 
-__all__ = ["NestedEvidence", "Odds", "Rule", "Verdict", "check_setting", "demand_evidence"]
+__all__ = ["NestedEvidence", "Odds", "OnScore", "Rule", "Verdict", "check_setting", "demand_evidence", "is_prior_odds"]
 
 Odds = Mapping[str, NDArray[np.float64]]
 """Log odds of being negligible, or distances above a cut, by block."""
@@ -97,13 +97,20 @@ class Rule(ABC):
     def judge(self, score: Score, evidence: NestedEvidence | None = None) -> Verdict:
         """An outcome and its reason for every group."""
 
+    def check(self, label: str, is_baseline: bool) -> None:  # noqa: B027  (most rules take any score)
+        """Raise a ``ReductionError`` where a score of this kind says nothing to the rule."""
+
+    def parts(self) -> tuple[Rule, ...]:
+        """The rules that it is made of."""
+        return (self,)
+
     def title(self) -> str:
         """Which rule spoke, for the reasons of a composed one; empty where the reason says so itself."""
         return self.name
 
     def on(self, score: Score) -> Rule:
         """This rule on a score of its own (another epsilon, a baseline) wherever it is used."""
-        return _OnScore(self, score)
+        return OnScore(self, score)
 
     def __and__(self, other: Rule) -> Rule:
         return _Composed(self, _check_rule(other), "&", min)
@@ -118,6 +125,13 @@ class _Composed(Rule):
     second: Rule
     sign: str
     choose: Callable[..., str]
+
+    def check(self, label: str, is_baseline: bool) -> None:
+        for rule in (self.first, self.second):
+            rule.check(label, is_baseline)
+
+    def parts(self) -> tuple[Rule, ...]:
+        return self.first.parts() + self.second.parts()
 
     def judge(self, score: Score, evidence: NestedEvidence | None = None) -> Verdict:
         one, two = (rule.judge(score, evidence) for rule in (self.first, self.second))
@@ -141,14 +155,22 @@ class _Composed(Rule):
 
 
 @dataclass(frozen=True)
-class _OnScore(Rule):
+class OnScore(Rule):
+    """A rule on a score of its own, whatever it is handed."""
+
     rule: Rule
     score: Score
 
+    def check(self, label: str, is_baseline: bool) -> None:
+        """It judges its own score."""
+        self.rule.check(self.score.label, self.score.cuts is not None)
+
     def title(self) -> str:
+        """Both names."""
         return f"{self.rule.title()} on {self.score.label}"
 
     def judge(self, score: Score, evidence: NestedEvidence | None = None) -> Verdict:
+        """What is handed in tells only which groups there are."""
         if score.spec.labels() != self.score.spec.labels():
             raise ConfigError(
                 f"rule {self!r}", got="groups of another network", allowed="a score of the network decided on",
@@ -164,6 +186,13 @@ def check_setting(rule: str, name: str, value: Any, is_fine: bool, allowed: str)
     """Raise a ``ConfigError`` unless a setting of a rule makes sense."""
     if not is_fine:
         raise ConfigError(f"{name} of {rule}", got=repr(value), allowed=allowed, fix="leave it out for the default")
+
+
+def is_prior_odds(value: Any) -> bool:
+    """Whether ``Score.log_odds`` takes it."""
+    if isinstance(value, str):
+        return value in ("implied", "learned", "none")
+    return isinstance(value, int | float) and 0 < value < 1
 
 
 def demand_evidence(rule: Rule, evidence: NestedEvidence | None) -> NestedEvidence:

@@ -62,12 +62,12 @@ def test_compress_from_file_to_report(here, capfd):
         "plan.json",
         "posterior.nc",
         "report.html",
-        "table.json",
+        "report.json",
     }
     assert "checkpoints" not in files, "a finished run leaves none to resume from by mistake"
     plan = read_plan(here / "out" / "plan.json")
     assert plan.provenance["seed"] == 3
-    table = json.loads((here / "out" / "table.json").read_text())
+    table = json.loads((here / "out" / "report.json").read_text())
     assert [row["name"] for row in table["table"]] == ["dense", "compact"]
     assert max(table["differences"].values()) <= 1e-5
     assert "pyrobc compress --config run.yaml --seed 3" in (here / "out" / "report.html").read_text()
@@ -87,6 +87,26 @@ def test_compress_from_file_to_report(here, capfd):
     assert "rule: " in shown and all(name in shown for name in plan.widths)
     assert main(["inspect", "out", "--group", "input[0]"]) == 0
     assert capfd.readouterr().out.startswith("input[0]: ")
+
+
+def test_a_rule_and_rounded_widths_from_a_run_file(here, capfd):
+    """In YAML, or as an option; the plan names both, and the widths are multiples or all that there was."""
+    rule = {"all": ["posterior_odds", {"false_prune_rate": {"level": 0.1}}]}
+    (here / "run.yaml").write_text(yaml.safe_dump({**SETTINGS, "rule": rule, "round_to": 4}))
+    assert main(["compress", "--config", "run.yaml"]) == 0
+    plan = read_plan("out/plan.json")
+    assert plan.describe_rule() == (
+        "PosteriorOdds(prior_odds='implied', z=2.0) & FalsePruneRate(level=0.1, prior_odds='implied', z=2.0), "
+        "round_to=4 on rope with epsilon=0.01"
+    )
+    assert all(after % 4 == 0 or after == before for before, after in plan.widths.values())
+    assert main(["compress", "--config", "out/run.yaml", "--output", "again"]) == 0
+    assert read_plan("again/plan.json") == plan
+    capfd.readouterr()
+    assert main(["inspect", "out"]) == 0
+    assert f"rule: {plan.describe_rule()}\n" in capfd.readouterr().out
+    assert main(["compress", "--config", "run.yaml", "--rule", "{budget: {macs: 30}}", "--round_to", "1"]) == 0
+    assert read_plan("out/plan.json").macs[1] <= 30
 
 
 @pytest.fixture
@@ -129,7 +149,7 @@ def test_checkpoint_of_another_run_is_refused(interrupted, capsys):
 
 WRONG = {
     "comprss": "did you mean 'compress'",
-    "--verbose": "allowed: demo, compress, inspect, pack, unpack, doctor",
+    "--verbose": "allowed: demo, compress, inspect, report, pack, unpack, doctor",
     "demo --sead 1": "did you mean '--seed'",
     "demo --family hrseshoe": "did you mean 'group_horseshoe'",
     "demo --output run.yaml/x": "a directory that can be written",
@@ -145,6 +165,15 @@ WRONG = {
     "compress --config run.yaml --family_args.gatelr 1": "did you mean 'gate_lr'",
     "compress --config run.yaml --likelihood catgorical": "did you mean 'categorical'",
     "compress --config run.yaml --reduction spyke": "did you mean 'spike'",
+    "compress --config run.yaml --reduction spike": "pass prior_odds='learned'",
+    "compress --config run.yaml --rule odds": "did you mean 'posterior_odds'",
+    'compress --config run.yaml --rule {"budget":{"parameter":9}}': "did you mean 'parameters'",
+    "compress --config run.yaml --rule predictive --max_worse 1": "got Predictive.* beside max_worse",
+    "compress --config run.yaml --rule predictive --prune_each_epoch true": "beside prune_each_epoch",
+    "compress --config run.yaml --rule beyond_cut": "cut of the reduction 'rope'",
+    "compress --config run.yaml --rule posterior_odds --reduction l2": "use BeyondCut",
+    "compress --config run.yaml --round_to 0": "round_to: got 0",
+    "compress --config run.yaml --round_to 8 --keep_weights 9": "round_to: got 8 beside keep_weights",
     "compress --config run.yaml --data.train nosuch.npz": "no such file",
     "compress --config run.yaml --model_args.out_features 1": "0 to 0, as the network has 1 outputs",
     "compress --config run.yaml --model_args.in_features 7": "fix: ",

@@ -1,7 +1,9 @@
 """Decision rules alone and composed, against simulation, scipy, brute force and the networks they leave."""
 
 import dataclasses
+import inspect
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,12 +15,25 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 
+from pyrobc import rules
 from pyrobc.cli import main
 from pyrobc.decide import decide
 from pyrobc.errors import BudgetError, ConfigError, DataError, ReductionError
 from pyrobc.evidence import Evidence
 from pyrobc.plan import Plan
-from pyrobc.rules import BeyondCut, Budget, FalsePruneRate, HighestDensity, PosteriorOdds, Predictive, Rule, Verdict
+from pyrobc.rules import (
+    BeyondCut,
+    Budget,
+    FalsePruneRate,
+    HighestDensity,
+    OnScore,
+    PosteriorOdds,
+    Predictive,
+    Rule,
+    Verdict,
+    make_rule,
+)
+from pyrobc.rules.registry import RULES
 from pyrobc.scores import score
 from pyrobc.surgery import apply
 
@@ -269,16 +284,82 @@ def test_reasons_of_composed_rules_can_be_read(mlp_spec, by_hand, tmp_path, caps
     assert capsys.readouterr().out.strip() == (
         "input[0]: prune: posterior odds: prune (log odds of being negligible 3 > 0) & (false-prune rate: prune "
         "(probability of being needed 0.0474, on average 0.0474 <= 0.1 over the 1 pruned) | predictive: abstain (kept "
-        "back: removing 1 groups costs 9 nats of ELPD, not known to be within 2 x SE 2)) (dF = 3 nats, log odds = 3)"
+        "back: removing 1 groups costs 9 nats of ELPD, not known to be within 2 x SE 2)) (dF = 3 nats, log odds = 3) "
+        f"by {plan.describe_rule()}"
     )
     assert main(["inspect", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[-4:-2] == [
-        "rule: by PosteriorOdds(prior_odds='implied', z=2.0) & "
-        "(FalsePruneRate(level=0.1, prior_odds='implied', z=2.0) | Predictive(max_worse=2.0)); "
-        "epsilon 0.01; reduction by hand",
+        "rule: PosteriorOdds(prior_odds='implied', z=2.0) & "
+        "(FalsePruneRate(level=0.1, prior_odds='implied', z=2.0) | Predictive(max_worse=2.0)) "
+        "on by hand with epsilon=0.01",
         "evidence: checked (diff 0, khat_bad 0, num_removed 0, se 2); method by hand; posterior_khat 0.1",
     ]
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_the_rule_of_a_plan_is_written_as_python(compressed):
+    """The default one too, in the form that gives the same plan."""
+    plain = decide(compressed.score, compressed.evidence)
+    assert plain.describe_rule() == (
+        "PosteriorOdds(prior_odds='implied', z=2.0) & Predictive(max_worse=2.0) on rope with epsilon=0.01"
+    )
+    small = decide(compressed.score, compressed.evidence, budget=60, round_to=2)
+    assert small.describe_rule() == (
+        "(PosteriorOdds(prior_odds='implied', z=2.0) & Predictive(max_worse=2.0)) | Budget(parameters=60), round_to=2 "
+        "on rope with epsilon=0.01"
+    )
+    rule = eval(small.describe_rule().split(", round_to")[0])
+    again = decide(compressed.score, compressed.evidence, rule, round_to=2)
+    assert [b.outcomes for b in again.blocks] == [b.outcomes for b in small.blocks]
+    by_cut = decide(score(compressed.posterior, "magnitude", cut=-10.0))
+    assert by_cut.describe_rule() == "BeyondCut() on magnitude"
+
+
+NAMED = {
+    "predictive": Predictive(),
+    "beyond_cut": BeyondCut(),
+    '{"budget": {"macs": 60}}': Budget(macs=60),
+    '{"false_prune_rate": null}': FalsePruneRate(),
+    '{"all": ["posterior_odds", {"highest_density": {"probability": 0.9}}]}': PosteriorOdds() & HighestDensity(0.9),
+    '{"any": [{"all": ["posterior_odds", "predictive"]}, {"budget": {"parameters": 9}}]}': (
+        PosteriorOdds() & Predictive()
+    )
+    | Budget(parameters=9),
+}
+
+
+@pytest.mark.parametrize("text", NAMED)
+def test_rules_by_name_are_the_rules(text):
+    given = json.loads(text) if text.startswith("{") else text
+    assert make_rule(given) == NAMED[text] and repr(make_rule(given)) == repr(NAMED[text])
+    assert make_rule(NAMED[text]) is NAMED[text]
+
+
+UNNAMED = {
+    '"odds"': "did you mean 'posterior_odds'",
+    '{"false_prune_rate": {"levle": 0.1}}': "did you mean 'level'",
+    '{"false_prune_rate": {"level": "low"}}': "rule false_prune_rate: got",
+    '{"false_prune_rate": {"level": 2}}': "a share between 0 and 1",
+    '{"false_prune_rate": 0.05}': r"write \{false_prune_rate: \{level: 0.05\}\}",
+    '{"beyond_cut": {"z": 1}}': "no settings",
+    '{"posterior_odds": {"prior_odds": "sometimes"}}': "'implied', 'learned', 'none', or a probability",
+    '{"posterior_odds": {}, "predictive": {}}': "got 2 keys, posterior_odds, predictive; .* under all or any",
+    '{"all": "predictive"}': "a list of rules",
+    '{"any": []}': "a list of rules",
+    '["predictive"]': "a name, ",
+    "3": "a name, ",
+}
+
+
+@pytest.mark.parametrize("text", UNNAMED)
+def test_rules_that_have_no_meaning_are_refused(text):
+    with pytest.raises(ConfigError, match=UNNAMED[text]):
+        make_rule(json.loads(text))
+
+
+def test_every_rule_has_a_name():
+    assert set(RULES.values()) == {kind for kind in vars(rules).values() if inspect.isclass(kind)
+                                   and issubclass(kind, Rule) and kind not in (Rule, OnScore)}  # fmt: skip
 
 
 def test_what_makes_no_sense_is_refused(mlp_spec, by_hand, compressed):

@@ -176,7 +176,7 @@ def test_the_command_writes_a_small_file_and_an_interrupted_run_goes_on(
     plan = read_plan("out/plan.json")
     assert plan.rule["weights"]["kept"] <= 40
     assert (here / "out" / "model.rbc").stat().st_size == plan.rule["weights"]["file_bytes"]
-    assert max(json.loads((here / "out" / "table.json").read_text())["differences"].values()) <= 1e-5
+    assert max(json.loads((here / "out" / "report.json").read_text())["differences"].values()) <= 1e-5
     assert main(["inspect", "out"]) == 0
     shown = capsys.readouterr().out
     assert "keep_weights 40" in shown and "steps" not in shown.replace("rule's steps", "")
