@@ -36,6 +36,7 @@ LAYERS = {
         "batches",
         "checkpoint",
         "dead_units",
+        "density",
         "fit",
         "folding",
         "gridding",
