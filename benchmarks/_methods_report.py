@@ -49,7 +49,7 @@ def write_report(
         build, shape = networks[name]
         test = load_test(data, shape)
         dense = {file.stem: read_dense(file, build) for file in sorted((runs / name).glob("dense-*.pt"))}
-        points = [read_point(file, dense, test) for file in sorted((runs / name).glob("*-x*/*.json"))]
+        points = [read_point(file, dense, test) for file in sorted((runs / name).glob("*-kl*/*.json"))]
         if points:
             found[name] = {"points": points, "means": average(points, methods)}
             lines += tabulate(name, dense, points, found[name]["means"])
@@ -98,19 +98,21 @@ def count_clusters(net: nn.Module) -> int:
 
 
 def average(points: Sequence[dict[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
-    """Means over seeds of every stop of every method, at each scale of epochs, from many bytes to few."""
-    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    """Means over seeds of every stop of every method, at each scale of epochs and KL, from many bytes to few."""
+    names = ("method", "epochs", "kl", "stop")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for point in points:
-        groups.setdefault((point["method"], point["epochs"], point["stop"]), []).append(point)
+        groups.setdefault(tuple(point[name] for name in names), []).append(point)
     rows = []
-    for (method, epochs, stop), members in groups.items():
+    for key, members in groups.items():
         errors = [p["test_error"] for p in members]
         rows.append(
-            {"method": method, "epochs": epochs, "stop": stop, "seeds": sorted(p["seed"] for p in members)}
+            dict(zip(names, key, strict=True))
+            | {"seeds": sorted(p["seed"] for p in members)}
             | {key: statistics.mean(p[key] for p in members) for key in NUMBERS}
             | {"low": min(errors), "high": max(errors)}
         )
-    return sorted(rows, key=lambda row: (methods.index(row["method"]), row["epochs"], -row["bytes"]))
+    return sorted(rows, key=lambda row: (methods.index(row["method"]), row["epochs"], row["kl"], -row["bytes"]))
 
 
 def tabulate(
@@ -122,14 +124,14 @@ def tabulate(
     listed = ", ".join(f"{error:.2f} (seed {seed})" for seed, error in sorted(errors.items()))
     lines = [f"## {name}", "", f"Dense: {count:,} parameters, {4 * count:,} bytes, test error {listed} %.", ""]
     lines.append(
-        "| method | epochs | stop | seeds | test error, % | parameters | not zero | MACs | bytes | ratio | clusters "
-        "| NLL | ECE | s |"
+        "| method | epochs | KL | stop | seeds | test error, % | parameters | not zero | MACs | bytes | ratio "
+        "| clusters | NLL | ECE | s |"
     )
-    lines.append("|---" * 14 + "|")
+    lines.append("|---" * 15 + "|")
     for m in means:
         seeds = ", ".join(map(str, m["seeds"]))
         lines.append(
-            f"| {m['method']} | x{m['epochs']:g} | {m['stop']} | {seeds} "
+            f"| {m['method']} | x{m['epochs']:g} | x{m['kl']:g} | {m['stop']} | {seeds} "
             f"| {m['test_error']:.2f} ({m['low']:.2f}-{m['high']:.2f}) | {m['parameters']:,.0f} | {m['nonzero']:,.0f} "
             f"| {m['macs']:,.0f} | {m['bytes']:,.0f} | {4 * count / m['bytes']:,.0f}x | {m['clusters']:,.0f} "
             f"| {m['nll']:.3f} | {m['ece']:.4f} | {m['seconds']:.0f} |"
@@ -137,21 +139,28 @@ def tabulate(
     return [*lines, ""]
 
 
+def find_frontier(means: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Points than which no other has fewer bytes and no more *validation* errors, from few bytes to many."""
+    chosen: list[dict[str, Any]] = []
+    for point in sorted(means, key=lambda m: (m["bytes"], m["validation_error"])):
+        if not chosen or point["validation_error"] < chosen[-1]["validation_error"]:
+            chosen.append(point)
+    return chosen
+
+
 def draw(networks: Mapping[str, Any], methods: Sequence[str], to: Path) -> None:
-    """Error against bytes, a line for every method, a panel for every network; what lies above is left out."""
+    """Error against bytes: a panel for every network, for every method a line through its frontier."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, max(1, len(networks)), figsize=(6 * max(1, len(networks)), 4.6), squeeze=False)
     for axis, (name, found) in zip(axes[0], networks.items(), strict=False):
         for number, method in enumerate(methods):
-            rows = [m for m in found["means"] if m["method"] == method]
-            for scale in sorted({m["epochs"] for m in rows}, reverse=True):
-                line = [m for m in rows if m["epochs"] == scale and m["test_error"] <= SHOWN_ERROR]
-                axis.plot(
-                    [m["bytes"] for m in line], [m["test_error"] for m in line], "os^"[number % 3] + "-",
-                    color=plt.get_cmap("tab20")(number), linewidth=1, markersize=4,
-                    label=method if scale == 1 else f"{method}, epochs x{scale:g}",
-                )  # fmt: skip
+            line = find_frontier([m for m in found["means"] if m["method"] == method])
+            shown = [m for m in line if m["test_error"] <= SHOWN_ERROR]
+            axis.plot(
+                [m["bytes"] for m in shown], [m["test_error"] for m in shown], "os^"[number % 3] + "-", label=method,
+                color=plt.get_cmap("tab20")(number), linewidth=1, markersize=4,
+            )  # fmt: skip
         axis.set(title=name.replace("_", "-"), xlabel="bytes of the file", ylabel="test error, %", xscale="log")
         axis.grid(alpha=0.3, which="both")
         axis.legend(frameon=False, fontsize=7)

@@ -11,8 +11,9 @@ that is the method's *own* network.  Then its multipliers are folded into Normal
 as their posterior allows, as they are (``own``) and after deletions of single weights to fixed numbers
 (``benchmarks._bayes``).  The recipe without a posterior takes its own road (``benchmarks._recipe``) to the same coder.
 
-``--epochs 0.5`` halves the epochs of everything but the dense networks; runs of another scale are kept, and reported,
-beside the others.  What a method's settings are is in ``METHODS``; where its publication says nothing they were chosen
+``--epochs 0.5`` halves the epochs of everything but the dense networks, ``--kl 3`` trebles the weights of the methods'
+own KL (and divides the density of the method that has none by three); such runs are kept, and reported, beside the
+others.  What a method's settings are is in ``METHODS``; where its publication says nothing they were chosen
 on the 5,000 validation rows, few tries each and LeNet-300-100 only.
 """
 
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[*everything, "dense"], default=everything)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=1.0, help="scale of all epochs but the dense networks'")
+    parser.add_argument("--kl", type=float, default=1.0, help="scale of the weights of the methods' own KL")
     parser.add_argument("--runs", type=Path, default=RUNS, help="where networks and checkpoints are kept")
     parser.add_argument("--part", action="store_true", help="run what these options name, and do not measure")
     parser.add_argument("--measure", action="store_true", help="measure what is there, and do not run")
@@ -154,23 +156,27 @@ def main() -> None:
                 dense = make_dense(name, seed, data, arguments.runs / name)
                 for method in arguments.methods:
                     if method != "dense":
-                        place = arguments.runs / name / f"{slug(method)}-{seed}-x{arguments.epochs:g}"
-                        run(name, method, seed, data, dense, place, arguments.epochs)
+                        run(name, method, seed, data, dense, arguments.runs / name, arguments.epochs, arguments.kl)
     if not arguments.part:
         results = arguments.runs if arguments.smoke else RESULTS
         write_report(arguments.runs, arguments.data, NETWORKS, everything, describe_settings(), results)
 
 
-def run(name: str, method: str, seed: int, data: Mnist, dense: nn.Module, place: Path, scale: float) -> None:
+def run(
+    name: str, method: str, seed: int, data: Mnist, dense: nn.Module, folder: Path, scale: float, kl: float
+) -> None:
     """One method on one seed, network after network; what is on disk is not made again."""
+    kl = 1.0 if method == RECIPE else kl
+    place = folder / f"{slug(method)}-{seed}-x{scale:g}-kl{kl:g}"
     if (place / "done").exists():
         return
     place.mkdir(parents=True, exist_ok=True)
     clock = time.perf_counter()
-    for stop, net in walk(name, method, seed, data.train, dense, place, scale):
+    for stop, net in walk(name, method, seed, data.train, dense, place, scale, kl):
         seconds, clock = time.perf_counter() - clock, time.perf_counter()
         found = keep(net, data.validation, place / stop)
-        found |= {"method": method, "network": name, "seed": seed, "stop": stop, "epochs": scale, "seconds": seconds}
+        found |= {"method": method, "network": name, "seed": seed, "stop": stop, "epochs": scale, "kl": kl}
+        found["seconds"] = seconds
         write_text(place / f"{stop}.json", json.dumps(found, indent=1) + "\n")
         shown = {k: found[k] for k in ("method", "seed", "stop", "bytes", "nonzero", "validation_error")}
         print(name, shown, f"{seconds:.0f} s", flush=True)
@@ -178,7 +184,7 @@ def run(name: str, method: str, seed: int, data: Mnist, dense: nn.Module, place:
 
 
 def walk(
-    name: str, method: str, seed: int, rows: Rows, dense: nn.Module, place: Path, scale: float
+    name: str, method: str, seed: int, rows: Rows, dense: nn.Module, place: Path, scale: float, kl: float
 ) -> Iterator[tuple[str, nn.Module]]:
     """Compact networks by the name of their stop, those on disk left out."""
     there = {file.stem for file in place.glob("*.json")}
@@ -192,7 +198,7 @@ def walk(
             if (stop := title.partition("%")[0]) not in there:
                 yield stop, net
         return
-    posterior = fit_method(METHODS[method], name, seed, rows, dense, place, scale)
+    posterior = fit_method(METHODS[method], name, seed, rows, dense, place, scale, kl)
     if "floats" not in there:
         yield "floats", posterior.to_module()
     folded = fold_scales(posterior, FIRST_WIDTH)
@@ -205,13 +211,13 @@ def walk(
 
 
 def fit_method(
-    method: Method, name: str, seed: int, rows: Rows, dense: nn.Module, place: Path, scale: float
+    method: Method, name: str, seed: int, rows: Rows, dense: nn.Module, place: Path, scale: float, kl: float = 1.0
 ) -> Posterior:
     """What the method itself makes of the dense network: fitted, cut, fitted again."""
     model = lift(dense, make_family(method.family, **method.settings), "categorical", rows[0][:1])
     posterior = Posterior(model, model.new_guide(), len(rows[1]))
-    path = None if method.density is None else TargetDensity(method.density[name], keeps_kl=False)
-    fits = method.fits[name]
+    path = None if method.density is None else TargetDensity(method.density[name] / kl, keeps_kl=False)
+    fits = [(kl * temperature, epochs) for temperature, epochs in method.fits[name]]
     shared: dict[str, Any] = {"seed": seed, "lr": method.lr, "progress": False}
     for number, (temperature, length) in enumerate(fits):
         epochs = shorten(length, scale)
