@@ -100,7 +100,7 @@ METHODS = {
         schedule=LayerByLayer(), cuts_each_epoch=False,
     ),
     "self-compression": Method(
-        "moment_propagation", both((1.0, 8), caffe=((1.0, 4),)), {"initial_variance": 1e-3}, 5e-3, "spike", "learned",
+        "moment_propagation", both((1.0, 8), caffe=((1.0, 4),)), {"initial_variance": 1e-3}, 5e-3,
         cuts_each_epoch=False,
     ),
     "Gumbel-softmax": Method(
