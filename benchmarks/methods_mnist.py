@@ -96,7 +96,7 @@ METHODS = {
         "turbo_vbi", both((1.0, 8), caffe=((1.0, 4),)), {"idle_rate": 3e-6, "structure": "independent"}
     ),
     "recursive": Method(
-        "recursive", both((10.0, 12), caffe=((10.0, 6),)), {"num_draws": 16, "noise_lr": 5.0}, 1e-3,
+        "recursive", both((30.0, 12), caffe=((30.0, 6),)), {"num_draws": 16, "noise_lr": 5.0}, 1e-3,
         schedule=LayerByLayer(), cuts_each_epoch=False,
     ),
     "self-compression": Method(
