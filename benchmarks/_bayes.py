@@ -34,7 +34,7 @@ from pyrobc.posterior import Posterior
 from pyrobc.scores import score
 from pyrobc.sparsify import sparsify
 
-__all__ = ["Road", "Stop", "compress_bayesian"]
+__all__ = ["Road", "Stop", "compress_bayesian", "thin_to_levels"]
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,32 @@ def compress_bayesian(
     watch: Callable[[str, Posterior], None] = lambda name, posterior: None,
 ) -> Iterator[Stop]:
     """Networks from the largest to the smallest; ``folder`` holds checkpoints, ``skip`` names stops not to repeat."""
-    plain = TensorLoader(*train, batch_size=road.settle_batch_size)
     noisy = DroppedRows(train, road.drop, road.batch_size)
     posterior = _fit_groups(net, train, noisy, family, road, seed, folder)
+    yield from thin_to_levels(posterior, train, road, seed, folder, skip, watch)
+
+
+def thin_to_levels(
+    posterior: Posterior,
+    train: Rows,
+    road: Road,
+    seed: int,
+    folder: Path,
+    skip: set[str],
+    watch: Callable[[str, Posterior], None] = lambda name, posterior: None,
+) -> Iterator[Stop]:
+    """From a folded posterior on: delete weights to each level, settle, move to grids; level 0 deletes none."""
+    plain = TensorLoader(*train, batch_size=road.settle_batch_size)
+    noisy = DroppedRows(train, road.drop, road.batch_size)
     refit_prior(posterior, "laplace", scale=road.trunk_scale)
     for number, level in enumerate(road.levels):
         shared: dict[str, Any] = {"seed": 1000 * seed + number, "temperature": road.temperature, "progress": False}
         rounds, epochs, pause = road.later if number else road.first
-        posterior = sparsify(
-            posterior, noisy, keep=level, rounds=rounds, epochs=epochs, settle_epochs=pause, lr=road.lr,
-            checkpoint=folder / f"level_{level}", **shared,
-        )  # fmt: skip
+        if level:
+            posterior = sparsify(
+                posterior, noisy, keep=level, rounds=rounds, epochs=epochs, settle_epochs=pause, lr=road.lr,
+                checkpoint=folder / f"level_{level}", **shared,
+            )  # fmt: skip
         watch(f"trunk {level}", posterior)
         wanted = [c for c in road.coarseness if f"{level}-{c:g}" not in skip]
         if not wanted:

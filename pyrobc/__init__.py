@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from pyrobc.compress import Result as Result
     from pyrobc.compress import compress as compress
     from pyrobc.decide import decide as decide
+    from pyrobc.density import TargetDensity as TargetDensity
     from pyrobc.diagnose import Diagnosis as Diagnosis
     from pyrobc.diagnose import diagnose as diagnose
     from pyrobc.evidence import Evidence as Evidence
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from pyrobc.fit import fit as fit
     from pyrobc.folding import fold_scales as fold_scales
     from pyrobc.gridding import move_to_grid as move_to_grid
+    from pyrobc.levels import add_levels as add_levels
     from pyrobc.lift import lift as lift
     from pyrobc.likelihoods import Bernoulli as Bernoulli
     from pyrobc.likelihoods import Categorical as Categorical
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from pyrobc.report import compression_table as compression_table
     from pyrobc.report import report_run as report_run
     from pyrobc.report import write_report as write_report
+    from pyrobc.rewinding import rewind as rewind
     from pyrobc.scores import Score as Score
     from pyrobc.scores import score as score
     from pyrobc.sparsify import sparsify as sparsify
@@ -69,13 +72,14 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "Bernoulli": "likelihoods", "Categorical": "likelihoods", "Diagnosis": "diagnose", "Evidence": "evidence",
-    "Family": "family", "MomentLoss": "moment_loss", "Normal": "likelihoods", "Plan": "plan", "Posterior": "posterior",
-    "PruneEachEpoch": "pruning", "Result": "compress", "Score": "scores", "apply": "surgery", "compare": "compare",
+    "Family": "family", "MomentLoss": "moment_loss", "Normal": "likelihoods", "Plan": "plan",
+    "Posterior": "posterior", "PruneEachEpoch": "pruning", "Result": "compress", "Score": "scores",
+    "TargetDensity": "density", "add_levels": "levels", "apply": "surgery", "compare": "compare",
     "compress": "compress", "compression_table": "report", "decide": "decide", "diagnose": "diagnose",
     "evidence": "evidence", "fit": "fit", "fold_scales": "folding", "keep_covariance": "predictive", "lift": "lift",
     "load": "export", "move_to_grid": "gridding", "propagate": "predictive", "prune_in_steps": "pruning",
     "prune_weights": "weights", "read_evidence": "evidence_file", "read_plan": "plan",
-    "report_run": "report", "save": "export", "score": "scores", "score_weights": "weights",
+    "report_run": "report", "rewind": "rewinding", "save": "export", "score": "scores", "score_weights": "weights",
     "sparsify": "sparsify", "write_report": "report",
 }  # fmt: skip
 _PACKAGES = ("bits", "bmr", "codec", "dists", "errors", "families", "guides", "models", "rules")

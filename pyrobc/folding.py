@@ -17,6 +17,10 @@ grows with :math:`|w|`, as its code does,
 .. math:: KL(N(m, s^2)\,\|\,\text{Laplace}(b)) = \ln 2b + E|w|/b - \tfrac12\ln(2\pi e s^2), \quad
     E|w| = s\sqrt{2/\pi}\,e^{-m^2/2s^2} + m\,\mathrm{erf}(m/s\sqrt2).
 
+Point weights (a family whose posterior is on gates) have :math:`\sigma = 0`, and their fold keeps the noise of their
+gate only.  On request (``width``) they start at least that share of their tensor's root mean square wide: a start for
+the next fit, not a posterior, so nothing may be scored before it.
+
 A scale can also be held (``refit_prior(..., scale=)``): the fitted one follows the weights, large where few are left,
 and so never keeps them small.
 
@@ -42,7 +46,7 @@ from pyrobc.family import Family, ReducedPrior, UngatedFamily, normal_prior
 from pyrobc.groups import GroupSpec
 from pyrobc.lift import LiftedModel
 from pyrobc.lifted_layers import LiftedLayer
-from pyrobc.meanfield import Factor, MeanFieldGuide, NormalFactor
+from pyrobc.meanfield import Factor, MeanFieldGuide, NormalFactor, PointFactor
 from pyrobc.posterior import Posterior
 
 __all__ = ["FoldedFamily", "check_folded", "fold_scales", "refit_prior"]
@@ -101,10 +105,15 @@ class FoldedFamily(UngatedFamily, is_registered=False):
 
 
 @torch.no_grad()
-def fold_scales(posterior: Posterior) -> Posterior:
+def fold_scales(posterior: Posterior, width: float | None = None) -> Posterior:
     """The posterior of the same network with group scales folded into Normal weights and a fitted prior.
 
     A posterior that is folded already gets its prior fitted again.
+
+    Args:
+        posterior: what ``fit`` returned; not changed.
+        width: least standard deviation that point weights start with, as a share of their tensor's root mean square;
+            fit again before anything is scored.  None refuses point weights.
 
     Raises:
         FamilyError: the family's weights are points, which have no variance to reduce with.
@@ -112,12 +121,12 @@ def fold_scales(posterior: Posterior) -> Posterior:
     family = posterior.model.family
     if isinstance(family, FoldedFamily):
         return refit_prior(posterior)
-    if family.posterior_on != "weight":
+    if family.posterior_on != "weight" and width is None:
         raise FamilyError(
             f"family {family.name!r}",
             got="point weights",
-            allowed="a family with Normal weights, such as group_normal_jeffreys or group_horseshoe",
-            fix="fit one of these for pruning inside what groups keep",
+            allowed="a family with Normal weights, such as group_normal_jeffreys, or a width to start from",
+            fix="fit such a family for pruning inside what groups keep, or pass width=0.1 and fit what is returned",
         )
     model, spec = posterior.model, posterior.model.spec
     rows = [block.name for block in spec.blocks if block.emitters]
@@ -134,10 +143,11 @@ def fold_scales(posterior: Posterior) -> Posterior:
         if site in model.likelihood.priors(model.anchor):
             factors[site] = copy.deepcopy(factor)
         elif site in spec.parameters:
-            assert isinstance(factor, NormalFactor)
             layer = _find_reader(model, site) if laws else None
             gates = (None, None) if layer is None else (layer.input_gate(first), layer.input_gate(second))
             factors[site] = _fold(factor, *gates)
+            if isinstance(factor, PointFactor):
+                _widen(factors[site], width or 0.0)
     plain = posterior.to_module()  # frozen weights have no site: what they read is scaled here
     scales = {n: _fit_scale(f, spec.parameters[n].kind) for n, f in factors.items() if n in spec.parameters}
     folded = LiftedModel(
@@ -200,9 +210,12 @@ def _find_reader(model: LiftedModel, site: str) -> LiftedLayer | None:
     return None
 
 
-def _fold(factor: NormalFactor, first: Tensor | None, second: Tensor | None) -> NormalFactor:
-    loc: Tensor = factor.loc
-    variance = (2 * factor.log_scale).exp().expand_as(loc)
+def _fold(factor: Factor, first: Tensor | None, second: Tensor | None) -> NormalFactor:
+    assert isinstance(factor, NormalFactor | PointFactor)
+    loc: Tensor = factor.value if isinstance(factor, PointFactor) else factor.loc
+    variance = torch.zeros_like(loc)
+    if isinstance(factor, NormalFactor):
+        variance = (2 * factor.log_scale).exp().expand_as(loc)
     if first is not None and second is not None:
         shape = (1, -1, *(1,) * (loc.dim() - 2))
         mean = loc * first.reshape(shape)
@@ -210,8 +223,16 @@ def _fold(factor: NormalFactor, first: Tensor | None, second: Tensor | None) -> 
         loc = mean
     folded = NormalFactor(loc, 0.0)
     folded.log_scale = nn.Parameter(0.5 * variance.clamp_min(_SMALLEST_SCALE**2).log())
-    folded.keep_(factor.kept)
+    if isinstance(factor, NormalFactor):
+        folded.keep_(factor.kept)
     return folded
+
+
+def _widen(factor: Factor, share: float) -> None:
+    """At least this share of the tensor's root mean square wide."""
+    assert isinstance(factor, NormalFactor)
+    least = max(share * float(factor.loc.double().square().mean().sqrt()), _SMALLEST_SCALE)
+    factor.log_scale.data.clamp_(min=math.log(least))
 
 
 def _fit_scale(factor: nn.Module, kind: str, law: PriorLaw = "normal") -> float:

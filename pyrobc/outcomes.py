@@ -81,7 +81,7 @@ def remove_groups(plan: Plan, spec: GroupSpec, kept: Kept, reason: str) -> Plan:
     parameters, macs = spec.forecast(left)
     return replace(
         plan, blocks=tuple(blocks), slices=_make_slices(spec, left), parameters=(plan.parameters[0], parameters),
-        macs=(plan.macs[0], macs),
+        macs=(plan.macs[0], macs), levels=(),
     )  # fmt: skip
 
 

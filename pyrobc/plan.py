@@ -10,14 +10,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from pyrobc.errors import PlanError, suggest
 from pyrobc.json_numbers import decode_numbers, encode_numbers
+from pyrobc.plan_json import as_tuples, conforms
 
-__all__ = ["BlockPlan", "Plan", "SlicePlan", "read_plan"]
+__all__ = ["BlockPlan", "Level", "Plan", "SlicePlan", "read_plan"]
 
 _FORMAT = 1
 OUTCOMES = ("keep", "prune", "abstain")
@@ -56,6 +57,16 @@ class SlicePlan:
 
 
 @dataclass(frozen=True)
+class Level:
+    """A network of another size on the same ranking: its kept groups by block, their slices, and what it costs."""
+
+    kept: Mapping[str, tuple[int, ...]]
+    slices: tuple[SlicePlan, ...]
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What ``decide`` returns.
 
@@ -71,6 +82,7 @@ class Plan:
         provenance: family, settings, seed, versions, references.
         left_alone: layers without groups, and why.
         notes: what a reader should know.
+        levels: networks of other sizes that ``at`` can choose, from large to small, each inside the one before.
     """
 
     network: Mapping[str, tuple[int, ...]]
@@ -85,6 +97,7 @@ class Plan:
     left_alone: Mapping[str, str]
     notes: tuple[str, ...] = ()
     format: int = field(default=_FORMAT)
+    levels: tuple[Level, ...] = ()
 
     @property
     def compression_ratio(self) -> float:
@@ -160,6 +173,28 @@ class Plan:
             lines += [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
         return lines
 
+    def at(self, share: float) -> Plan:
+        """The plan for the largest stored network of at most this share of the parameters (``add_levels`` stores them).
+
+        Raises:
+            PlanError: no stored network is as small.
+        """
+        fits = [level for level in self.levels if level.parameters <= share * self.parameters[0]]
+        if not fits:
+            shares = ", ".join(f"{level.parameters / self.parameters[0]:.3g}" for level in self.levels)
+            raise PlanError(
+                "level of a plan", got=f"{share:g} of the parameters", allowed=f"at least one of {shares or 'none'}",
+                fix="store more with add_levels(plan, score, shares)",
+            )  # fmt: skip
+        chosen = self._moved_to(max(fits, key=lambda level: level.parameters), share)
+        note = f"the network of at most {share:g} of the parameters was asked for, whatever the odds"
+        return replace(chosen, levels=self.levels, rule={**self.rule, "level": share}, notes=(*self.notes, note))
+
+    def _moved_to(self, level: Level, share: float) -> Plan:
+        blocks = tuple(_move_block(block, level.kept[block.name], share) for block in self.blocks)
+        parameters, macs = (self.parameters[0], level.parameters), (self.macs[0], level.macs)
+        return replace(self, blocks=blocks, slices=level.slices, parameters=parameters, macs=macs, levels=())
+
     def network_left(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the network that applying the plan leaves, selected features included."""
         shapes = {name: list(shape) for name, shape in self.network.items()}
@@ -191,6 +226,7 @@ class Plan:
             parameters=(self.parameters[0], later.parameters[1]),
             macs=(self.macs[0], later.macs[1]),
             notes=tuple(dict.fromkeys((*self.notes, *later.notes))),
+            levels=(),
         )
 
     def to_json(self) -> str:
@@ -212,16 +248,32 @@ class Plan:
             got = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise _refuse(source, f"format {got!r}")
         try:
-            blocks = tuple(BlockPlan(**_tuples(block)) for block in data.pop("blocks"))
-            slices = tuple(SlicePlan(**_tuples(part)) for part in data.pop("slices"))
+            blocks = tuple(BlockPlan(**as_tuples(block)) for block in data.pop("blocks"))
+            slices = tuple(SlicePlan(**as_tuples(part)) for part in data.pop("slices"))
             network = {name: tuple(shape) for name, shape in data.pop("network").items()}
-            plan = cls(blocks=blocks, slices=slices, network=network, **_tuples(data))
+            levels = tuple(_read_level(level) for level in data.pop("levels", ()))
+            plan = cls(blocks=blocks, slices=slices, network=network, levels=levels, **as_tuples(data))
             _check(plan, source)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             if isinstance(error, PlanError):
                 raise
             raise _refuse(source, f"wrong fields ({error})") from error
         return plan
+
+
+def _read_level(data: Mapping[str, Any]) -> Level:
+    slices = tuple(SlicePlan(**as_tuples(part)) for part in data["slices"])
+    return Level(**{**data, "kept": as_tuples(data["kept"]), "slices": slices})
+
+
+def _move_block(block: BlockPlan, kept: tuple[int, ...], share: float) -> BlockPlan:
+    """The block with other groups kept; those whose outcome changes say why."""
+    stays, why = set(kept), f"the network of at most {share:g} of the parameters "
+    outcomes, reasons = list(block.outcomes), list(block.reasons)
+    for i, outcome in enumerate(block.outcomes):
+        if (outcome != "prune") != (i in stays):
+            outcomes[i], reasons[i] = ("keep", f"{why}has it") if i in stays else ("prune", f"{why}lacks it")
+    return replace(block, outcomes=tuple(outcomes), reasons=tuple(reasons))
 
 
 def _follow_block(first: BlockPlan, later: BlockPlan) -> BlockPlan:
@@ -248,9 +300,9 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def _check(plan: Plan, source: str) -> None:
-    for part in (plan, *plan.blocks, *plan.slices):
+    for part in (plan, *plan.blocks, *plan.slices, *plan.levels):
         for name, hint in get_type_hints(type(part)).items():
-            if not _conforms(getattr(part, name), hint):
+            if not conforms(getattr(part, name), hint):
                 raise _refuse(source, f"{name} {repr(getattr(part, name))[:60]}")
     places = [(part.tensor, part.axis) for part in plan.slices]
     if len(set(places)) < len(places) or len(plan.widths) < len(plan.blocks):
@@ -273,21 +325,8 @@ def _check(plan: Plan, source: str) -> None:
         raise _refuse(source, "no blocks or no slices")
     if not (1 <= plan.parameters[1] <= plan.parameters[0] and 0 <= plan.macs[1] <= plan.macs[0]):
         raise _refuse(source, f"parameters {plan.parameters} and MACs {plan.macs}, which do not fall")
-
-
-def _conforms(value: Any, hint: Any) -> bool:
-    """Whether JSON data, lists as tuples, has the annotated type; a bool is no number, an int will do for a float."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        hints = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
-        return len(hints) == len(value) and all(map(_conforms, value, hints))
-    if origin is Mapping:
-        return isinstance(value, Mapping) and all(_conforms(part, parts[1]) for part in value.values())
-    if hint is Any:
-        return True
-    return isinstance(value, int | float if hint is float else hint) and not isinstance(value, bool)
+    for level in plan.levels:
+        _check(plan._moved_to(level, 1.0), source)
 
 
 def _refuse(source: str, got: str) -> PlanError:
@@ -297,7 +336,3 @@ def _refuse(source: str, got: str) -> PlanError:
         allowed=f"a plan of format {_FORMAT}, as written",
         fix="write it again with decide() or compress",
     )
-
-
-def _tuples(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}

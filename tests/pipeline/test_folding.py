@@ -142,6 +142,25 @@ def test_point_weights_cannot_be_folded() -> None:
         fold_scales(posterior)
 
 
+def test_point_weights_fold_their_gates_and_start_as_wide_as_asked() -> None:
+    posterior = some_posterior(build(6, (7, 5), 3), (6,), "log_uniform")
+    x = torch.randn(9, 6)
+    with torch.no_grad():
+        plain = posterior.to_module()
+        folded = fold_scales(posterior, width=0.03)
+        torch.testing.assert_close(folded.to_module()(x), plain(x), rtol=1e-5, atol=1e-5)
+        gate, weight = posterior.scales()["1"].posterior, posterior.guide.by_site()["3.weight"].value
+        factor = folded.guide.by_site()["3.weight"]
+        assert isinstance(factor, NormalFactor)
+        noise = gate.variance.sqrt() * weight.abs().double()
+        least = 0.03 * (gate.mean * weight.double()).square().mean().sqrt()
+        expected = torch.maximum(noise, least)
+        assert bool((noise > least).any()) and bool((noise < least).any()), "both ends are seen"
+        torch.testing.assert_close(factor.log_scale.double().exp(), expected, rtol=1e-4, atol=1e-7)
+    fitted = fit(folded.model, (x, torch.randint(0, 3, (9,))), epochs=1, guide=folded.guide, progress=False)
+    assert fitted.history and fitted.laws().keys() == folded.model.priors().keys()
+
+
 @pytest.mark.parametrize("law", ["normal", "laplace"])
 def test_the_prior_is_the_one_with_the_largest_elbo(law: Any) -> None:
     posterior = fold_scales(some_posterior(Residual(), (1, 6, 6), "group_normal_jeffreys"))

@@ -68,3 +68,26 @@ def test_spikes_and_slabs_are_measured_from_their_files(tmp_path: Path) -> None:
     }
     assert rows["parameters kept"]["target"] == "<= 6.2" and 0 < rows["parameters kept"]["value"] <= 100
     assert 0 <= rows["test error"]["value"] <= 100
+
+
+@pytest.mark.slow
+def test_methods_go_their_road_and_are_measured_from_their_files(tmp_path: Path) -> None:
+    write_digits(tmp_path)
+    runs = tmp_path / "runs"
+    options = ["--data", str(tmp_path), "--runs", str(runs), "--networks", "lenet_300_100", "--seeds", "0"]
+    methods = ("Gumbel-softmax", "Turbo-VBI, chain", "magnitude recipe")
+    for method in methods:
+        fitted = run("methods_mnist", *options, "--methods", method, "--part")
+        assert fitted.returncode == 0, fitted.stderr
+    assert not (runs / "methods_mnist.json").exists()
+    files = {f: f.stat().st_mtime_ns for f in runs.rglob("*.rbc")}
+    again = run("methods_mnist", *options, "--methods", *methods)
+    assert again.returncode == 0, again.stderr
+    assert {f: f.stat().st_mtime_ns for f in runs.rglob("*.rbc")} == files, "what is there is not made again"
+    record = json.loads((runs / "methods_mnist.json").read_text())
+    points = record["networks"]["lenet_300_100"]["points"]
+    assert {p["method"] for p in points} == set(methods) and len(points) == len(files)
+    for point in points:
+        assert 0 < point["nonzero"] <= point["parameters"] <= 266_610 and point["clusters"] <= point["nonzero"]
+        assert 0 <= point["test_error"] <= 100 and point["nll"] > 0 and 0 <= point["ece"] <= 1
+    assert (runs / "methods_mnist.png").stat().st_size > 10_000
