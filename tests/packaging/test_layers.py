@@ -59,6 +59,7 @@ LAYERS = {
         "decision_rows",
         "evidence",
         "gap",
+        "leave_one_out",
         "outcomes",
         "plan",
         "rounding",
