@@ -1,4 +1,4 @@
-"""The only file that touches ArviZ: its smoothing and diagnostics, and the tree that its functions take.
+"""The only file that touches ArviZ: its diagnostics, and the tree that its functions take.
 
 Inside is a ``DataTree`` by ``arviz-base`` and ``arviz-stats``, which speak the same on all versions; ``to_arviz`` turns
 it into what the installed ``arviz`` plots.
@@ -6,7 +6,6 @@ it into what the installed ``arviz`` plots.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,10 +17,9 @@ from numpy.typing import NDArray
 
 from pyrobc.errors import MissingExtraError
 
-__all__ = ["build_tree", "diagnose_chains", "find_hdi", "leave_one_out", "to_arviz"]
+__all__ = ["build_tree", "diagnose_chains", "find_hdi", "to_arviz"]
 
 Floats = NDArray[np.float64]
-_SHORTEST_TAIL = 5  # ratios to which a Pareto tail is fitted at least
 _PLOTTED = ("posterior", "prior", "log_likelihood", "posterior_predictive", "observed_data")
 
 _stats: Any = arviz_stats.base.array_stats  # type: ignore[attr-defined]
@@ -41,38 +39,6 @@ def diagnose_chains(draws: Floats) -> tuple[Floats, Floats]:
             f(draws[:, :, varies], chain_axis=0, draw_axis=1) for f in (_stats.rhat, _stats.ess)
         )
     return rhat, ess
-
-
-def leave_one_out(log_lik: Floats, ratio: Floats) -> tuple[Floats, Floats]:
-    r"""Expected log density of every row left out, and the k-hat of its importance ratios.
-
-    Ratios that cannot be smoothed are used as they are,
-    :math:`\ln\sum_s r_s - \ln\sum_s r_s/p(y_i|\theta_s)`.  Where the largest of them are equal (every draw predicts
-    the row with certainty) they are bounded, and k-hat is minus infinity; where the fit of the tail fails, or a draw
-    gives the row no probability at all, infinity.
-
-    Args:
-        log_lik: of every draw and row, nats, ``[draws, rows]``.
-        ratio: log of posterior over guide at every draw, nats up to a constant.
-    """
-    log_ratios = np.sort(ratio[:, None] - log_lik, axis=0)
-    is_impossible = ~np.isfinite(log_lik).all(0)
-    is_bounded = log_ratios[-_SHORTEST_TAIL:][0] == log_ratios[-1]  # ArviZ refuses a tail that is all ties
-    elpd_i = np.logaddexp.reduce(ratio) - np.logaddexp.reduce(log_ratios, axis=0)
-    khat = np.where(is_impossible, np.inf, -np.inf)
-    is_smooth = ~is_bounded & ~is_impossible
-    if is_smooth.any():
-        left = log_lik[:, is_smooth]
-        tree = arviz_base.from_dict({"posterior": {"_": ratio[None]}, "log_likelihood": {"y": left[None]}})
-        with warnings.catch_warnings(), np.errstate(all="ignore"):  # high k-hats are counted and reported, not printed
-            warnings.simplefilter("ignore", UserWarning)
-            estimate: Any = arviz_stats.loo_approximate_posterior  # type: ignore[attr-defined]
-            loo = estimate(tree, ratio, np.zeros_like(ratio), pointwise=True, var_name="y")
-        smoothed, fitted = (np.array(v, dtype=np.float64).ravel() for v in (loo.elpd_i, loo.pareto_k))
-        is_undefined = np.isnan(smoothed) | np.isnan(fitted)
-        elpd_i[is_smooth] = np.where(is_undefined, elpd_i[is_smooth], smoothed)
-        khat[is_smooth] = np.where(is_undefined, np.inf, fitted)
-    return elpd_i, khat
 
 
 def build_tree(

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyrobc.arviz_io import build_tree, diagnose_chains, find_hdi, leave_one_out, to_arviz
+from pyrobc.arviz_io import build_tree, diagnose_chains, find_hdi, to_arviz
 from pyrobc.batches import move, seeded
 from pyrobc.bmr.monte_carlo import estimate_reduction
 from pyrobc.bmr.pareto import khat_limit
@@ -39,6 +39,7 @@ from pyrobc.decision_rows import DecisionRows, take_rows
 from pyrobc.errors import ConfigError, DataError, ReductionError
 from pyrobc.fit import fit
 from pyrobc.groups import Ints, Kept
+from pyrobc.leave_one_out import leave_one_out
 from pyrobc.posterior import Posterior, evaluating
 from pyrobc.scores import PriorOdds, Score
 

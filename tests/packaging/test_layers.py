@@ -63,6 +63,7 @@ LAYERS = {
         "evidence",
         "evidence_file",
         "gap",
+        "leave_one_out",
         "levels",
         "outcomes",
         "plan",
