@@ -146,7 +146,8 @@ def _run_compress(options: Namespace, command: list[str]) -> int:
 
 
 def _run_inspect(options: Namespace, command: list[str]) -> int:
-    from pyrobc.plan import OUTCOMES, read_plan
+    from pyrobc.plan import read_plan
+    from pyrobc.plan_fields import OUTCOMES
 
     plan = read_plan(_find_plan(options.plan))
     if options.group is not None:

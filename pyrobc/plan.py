@@ -10,18 +10,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
-
-import numpy as np
+from typing import Any
 
 from pyrobc.errors import PlanError, suggest
 from pyrobc.json_numbers import decode_numbers, encode_numbers
-from pyrobc.plan_json import as_tuples, conforms
+from pyrobc.plan_fields import FORMAT, as_tuples, check_plan, refuse
 
 __all__ = ["BlockPlan", "Level", "Plan", "SlicePlan", "read_plan"]
-
-_FORMAT = 1
-OUTCOMES = ("keep", "prune", "abstain")
 
 
 @dataclass(frozen=True)
@@ -96,7 +91,7 @@ class Plan:
     provenance: Mapping[str, Any]
     left_alone: Mapping[str, str]
     notes: tuple[str, ...] = ()
-    format: int = field(default=_FORMAT)
+    format: int = field(default=FORMAT)
     levels: tuple[Level, ...] = ()
 
     @property
@@ -243,21 +238,23 @@ class Plan:
         try:
             data = decode_numbers(json.loads(text))
         except (ValueError, RecursionError) as error:
-            raise _refuse(source, f"text that is not JSON ({error})") from error
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise refuse(source, f"text that is not JSON ({error})") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
             got = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise _refuse(source, f"format {got!r}")
+            raise refuse(source, f"format {got!r}")
         try:
             blocks = tuple(BlockPlan(**as_tuples(block)) for block in data.pop("blocks"))
             slices = tuple(SlicePlan(**as_tuples(part)) for part in data.pop("slices"))
             network = {name: tuple(shape) for name, shape in data.pop("network").items()}
             levels = tuple(_read_level(level) for level in data.pop("levels", ()))
             plan = cls(blocks=blocks, slices=slices, network=network, levels=levels, **as_tuples(data))
-            _check(plan, source)
+            check_plan(plan, source)
+            for level in levels:
+                check_plan(plan._moved_to(level, 1.0), source)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             if isinstance(error, PlanError):
                 raise
-            raise _refuse(source, f"wrong fields ({error})") from error
+            raise refuse(source, f"wrong fields ({error})") from error
         return plan
 
 
@@ -295,44 +292,5 @@ def read_plan(path: str | Path) -> Plan:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise _refuse(str(path), f"{type(error).__name__}: {error}") from error
+        raise refuse(str(path), f"{type(error).__name__}: {error}") from error
     return Plan.from_json(text, str(path))
-
-
-def _check(plan: Plan, source: str) -> None:
-    for part in (plan, *plan.blocks, *plan.slices, *plan.levels):
-        for name, hint in get_type_hints(type(part)).items():
-            if not conforms(getattr(part, name), hint):
-                raise _refuse(source, f"{name} {repr(getattr(part, name))[:60]}")
-    places = [(part.tensor, part.axis) for part in plan.slices]
-    if len(set(places)) < len(places) or len(plan.widths) < len(plan.blocks):
-        raise _refuse(source, "a block or a slice that is there twice")
-    for block in plan.blocks:
-        columns = (block.outcomes, block.reasons, block.delta_f, block.mcse, block.log_odds)
-        if any(len(column) != block.size for column in columns):
-            raise _refuse(source, f"block {block.name!r} with {block.size} groups but columns of other lengths")
-        if not set(block.outcomes) <= set(OUTCOMES):
-            raise _refuse(source, f"block {block.name!r} with outcomes {sorted(set(block.outcomes) - set(OUTCOMES))}")
-    for part in plan.slices:
-        shape = plan.network.get(part.tensor)
-        if shape is None or not 0 <= part.axis < len(shape):
-            raise _refuse(source, f"a slice of {part.tensor!r}, axis {part.axis}, which the network does not have")
-        kept = np.asarray(part.kept)
-        is_sorted = kept.size > 0 and kept.dtype.kind == "i" and bool((np.diff(kept) > 0).all())
-        if not is_sorted or kept[0] < 0 or kept[-1] >= shape[part.axis]:
-            raise _refuse(source, f"kept indices of {part.tensor!r} that are empty, not ascending or out of range")
-    if not plan.blocks or not plan.slices:
-        raise _refuse(source, "no blocks or no slices")
-    if not (1 <= plan.parameters[1] <= plan.parameters[0] and 0 <= plan.macs[1] <= plan.macs[0]):
-        raise _refuse(source, f"parameters {plan.parameters} and MACs {plan.macs}, which do not fall")
-    for level in plan.levels:
-        _check(plan._moved_to(level, 1.0), source)
-
-
-def _refuse(source: str, got: str) -> PlanError:
-    return PlanError(
-        source,
-        got=got,
-        allowed=f"a plan of format {_FORMAT}, as written",
-        fix="write it again with decide() or compress",
-    )

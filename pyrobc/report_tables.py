@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from pyrobc.diagnose import Diagnosis
 from pyrobc.evidence import Evidence
-from pyrobc.plan import OUTCOMES, Plan
+from pyrobc.plan import Plan
+from pyrobc.plan_fields import OUTCOMES
 from pyrobc.run_record import Bits
 
 __all__ = [

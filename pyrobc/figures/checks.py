@@ -10,7 +10,8 @@ import numpy as np
 from pyrobc.bmr.pareto import khat_limit
 from pyrobc.evidence import Evidence
 from pyrobc.figures.canvas import COLOURS, INK, Drawing, draw_on
-from pyrobc.plan import OUTCOMES, Plan
+from pyrobc.plan import Plan
+from pyrobc.plan_fields import OUTCOMES
 
 __all__ = ["draw_candidates", "draw_khats", "draw_training"]
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from pyrobc.figures.canvas import COLOURS, INK, Drawing, draw_on
-from pyrobc.plan import OUTCOMES, Plan
+from pyrobc.plan import Plan
+from pyrobc.plan_fields import OUTCOMES
 from pyrobc.sensitivity import Sensitivity
 
 __all__ = ["draw_odds_sensitivity", "draw_rope_sensitivity", "draw_scores"]
