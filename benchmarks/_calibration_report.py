@@ -29,8 +29,9 @@ def report(folder: Path, num_seeds: int, parts: list[str], is_written: bool = Tr
     for family in FAMILIES:
         some = [run for run in by_part["teacher"] if run["family"] == family]
         rows += _report_teacher(family, some) if some else []
-        some = [run for run in by_part["change"] if run["family"] == family]
-        rows += _report_change(family, some) if some else []
+    for family, epochs in sorted({(run["family"], run["epochs"]) for run in by_part["change"]}):
+        some = [run for run in by_part["change"] if (run["family"], run["epochs"]) == (family, epochs)]
+        rows += _report_change(f"{family}, {epochs} epochs", some)
     rows += [row for run in by_part["labels"] for row in _report_labels(run)]
     rows += [row for run in by_part["noise"] for row in _report_noise(run)]
     planted = {run["seed"] for run in by_part["regression"]}
@@ -112,13 +113,18 @@ def _report_teacher(family: str, runs: list[Row]) -> list[Row]:
     return [_row(text, 100 * share, "%", "100", share == 1)]
 
 
-def _report_change(family: str, runs: list[Row]) -> list[Row]:
-    keys = ("predicted", "realised", "khat")
-    predicted, realised, khat = (np.concatenate([run[key] for run in runs]) for key in keys)
+def _report_change(name: str, runs: list[Row]) -> list[Row]:
+    """All sets; sets whose k-hat is good; and apart from each other those with and without a group that odds keep.
+
+    Sets that odds would remove whole have predictions of about zero, whose order is noise: what counts is that the
+    realised changes are as small.
+    """
+    keys = ("predicted", "realised", "khat", "size", "wanted")
+    predicted, realised, khat, size, wanted = (np.concatenate([run[key] for run in runs]) for key in keys)
     limit = runs[0]["good_k"]
     is_good = khat <= limit
     value = spearmanr(predicted, realised)[0]
-    label = f"digits, {family}, {len(predicted)} sets"
+    label = f"digits, {name}, {len(predicted)} sets"
     rows = [
         _row(f"{label}: Spearman of predicted and realised change of the ELBO", value, "", ">= 0.8", value >= 0.8),
         _row(f"{label}: sets whose reduced posterior covers that of the reduced model (k-hat <= {limit:.2f}; from "
@@ -128,6 +134,17 @@ def _report_change(family: str, runs: list[Row]) -> list[Row]:
     if is_good.sum() > 2:
         value = spearmanr(predicted[is_good], realised[is_good])[0]
         rows.append(_row("the same without sets of a bad k-hat", value, "", ">= 0.8", value >= 0.8))
+    is_needed = wanted < size
+    if is_needed.sum() > 2:
+        value = spearmanr(predicted[is_needed], realised[is_needed])[0]
+        text = f"the same of the {is_needed.sum()} sets with a group that odds keep"
+        rows.append(_row(text, value, "", "none", None))
+    if not is_needed.all():
+        low, high = realised[~is_needed].min(), realised[~is_needed].max()
+        text = (
+            f"largest |predicted| of the {(~is_needed).sum()} sets without one (realised {low:.2g} to {high:.2g} nats)"
+        )
+        rows.append(_row(text, np.abs(predicted[~is_needed]).max(), "nats", "none", None))
     return rows
 
 

@@ -85,9 +85,11 @@ def list_jobs(parts: list[str], seeds: int, families: list[str], scale: float) -
     jobs += [Job(part, first | {"family": DEFAULT_FAMILY, "settings": demo}) for part in ("noise", "labels")]
     jobs += [Job("nuts", first | {"family": "log_uniform", "chain": c} | lengths) for c in range(CHAINS)]
     for family in [name for name in families if name in DEMO_SETTINGS]:
-        epochs = shorten(60)
-        change = first | {"family": family, "epochs": epochs, "readapt": max(1, epochs // 4)}
-        jobs += [Job("change", change | {"sets": list(range(k, k + chunk))}) for k in range(0, chunk * chunks, chunk)]
+        for epochs in (shorten(DEMO_SETTINGS[family]["epochs"]), shorten(60)):  # as the demo, and far shorter
+            change = first | {"family": family, "epochs": epochs, "readapt": max(1, epochs // 4)}
+            jobs += [
+                Job("change", change | {"sets": list(range(k, k + chunk))}) for k in range(0, chunk * chunks, chunk)
+            ]
     for family in families:
         jobs += [Job("teacher", {"seed": s, "family": family, "steps": shorten(6000)}) for s in everyone]
     for family in families:
