@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -82,7 +83,12 @@ def main(threads: int) -> None:
         text = f"{case}: peak memory of the process ({found['before']:.2f} before)"
         is_met = found["peak"] <= GIGABYTES
         rows.append({"what": text, "value": found["peak"], "unit": "GiB", "target": "<= 4", "met": _say(is_met)})
-    notes = "Wall-clock seconds of one call, each case in a process of its own; the full network is among the networks."
+    load = os.getloadavg()[1]
+    notes = (
+        "Seconds of one call by the clock, each case in a process of its own; the full network is among the networks.  "
+        f"Other work on the machine meanwhile: a load of {load:.1f} on {os.cpu_count()} processors, so that the "
+        "processor's own seconds say what an idle machine takes on one thread."
+    )
     write_result("evidence_cost", rows, seeds=[0], notes=notes, options=f"--threads {threads}")
 
 
