@@ -119,5 +119,6 @@ if __name__ == "__main__":
         spawning = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(arguments.processes, spawning) as pool:
             for done in as_completed([pool.submit(job.run, folder) for job in jobs]):
-                print(done.result(), flush=True)
+                failure = done.exception()  # which must not keep the other jobs from being told
+                print(done.result() if failure is None else f"FAILED: {failure!r}", flush=True)
     report(folder, NUM_SEEDS, list(MEASURES), is_written=not arguments.smoke)

@@ -14,7 +14,8 @@ A dimension of attention's queries feeds products with keys in place of a layer.
 product of what queries and keys have there, :math:`\sum_i r_i^2 E[w_{gi}]^2 + E[b_g]^2` each (of independent inputs),
 and :math:`T^2` the sum over all dimensions of :math:`E[z_g]^2 c_g^2`.
 
-A group whose weights carry nothing stays below its share at every multiplier: its ROPE is the whole support, the
+A group whose weights carry nothing, or whose readers receive nothing from anywhere (a layer that died), stays below
+its share at every multiplier: its ROPE is the whole support, the
 posterior probability of it is one whatever the data say, and the threshold infinite.  So that thresholds and odds are
 finite, a threshold ends where the prior leaves a mass of :math:`10^{-12}` above it: the posterior odds of an unlearnt
 multiplier (:math:`q = p`) are :math:`10^{12}` there, beyond any level that is asked for.  (A cap at 99% of the prior
@@ -84,15 +85,21 @@ def negligible_thresholds(
         if not block.readers:
             carried = _product_power(block, mean, input_rms)
             total = (carried * like.square()).sum()
-            bound = torch.minimum(bound, unit * epsilon * (total / carried.clamp_min(1e-300)).sqrt())
+            bound = torch.minimum(bound, unit * epsilon * _measure_room(total, carried))
         for member in block.readers:
             index = torch.as_tensor(member.indices, device=bound.device).sort().values
             owner = torch.as_tensor(member.group_of_index(), device=bound.device)
             carried = bound.new_zeros(block.size).index_add(0, owner, power[member.parameter][index])
             total = received[member.parameter].sum()
-            bound = torch.minimum(bound, unit * epsilon * (total / carried.clamp_min(1e-300)).sqrt())
+            bound = torch.minimum(bound, unit * epsilon * _measure_room(total, carried))
         thresholds[block.name] = bound
     return thresholds
+
+
+def _measure_room(total: Tensor, carried: Tensor) -> Tensor:
+    """Multiplier at which a group would carry all that is received; beyond any where one of the two is nothing."""
+    is_something = (carried > 0) & (total > 0)
+    return torch.where(is_something, total / carried.clamp_min(1e-300), 1e300).sqrt()
 
 
 def _product_power(block: Block, mean: Effective, input_rms: Mapping[str, Tensor]) -> Tensor:

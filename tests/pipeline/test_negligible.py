@@ -8,15 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pyrobc.decide import decide
 from pyrobc.dependency import trace_groups
 from pyrobc.dists import HalfCauchyProduct, TruncatedLogUniform, interval_log_mass
+from pyrobc.evidence import evidence
 from pyrobc.family import Effective
+from pyrobc.fit import fit
 from pyrobc.groups import GroupSpec
 from pyrobc.lift import lift
 from pyrobc.negligible import negligible_thresholds
 from pyrobc.posterior import Posterior
 from pyrobc.rules import FalsePruneRate
 from pyrobc.scores import score
+from pyrobc.surgery import apply
 
 
 class TwoReaders(nn.Module):
@@ -158,3 +162,23 @@ def test_an_unlearnt_gate_that_carries_nothing_is_not_needed() -> None:
     np.testing.assert_allclose(scored.log_odds()["input"][:2], math.log(1e12), rtol=1e-4)
     outcomes = [row[0] for row in FalsePruneRate(0.001).judge(scored).outcomes["input"]]
     assert outcomes[:2] == ["prune", "prune"] and outcomes[2] != "prune"
+
+
+@pytest.mark.parametrize("family", ["log_uniform", "group_horseshoe", "group_normal_jeffreys"])
+def test_what_a_dead_layer_feeds_is_not_needed(family: str) -> None:
+    """Every unit is off on every row: nothing is received, and the network that is left says the same."""
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+    with torch.no_grad():
+        net[0].bias.fill_(-100.0)
+        net[2].bias.fill_(-1.0)
+    x, y = torch.rand(60, 5), torch.randint(0, 3, (60,))
+    posterior = fit(lift(net, family, "categorical", x[:1]), (x, y), epochs=1, progress=False)
+    assert float(posterior.input_rms["2.weight"].max()) == 0.0
+    scored = score(posterior)
+    for block in ("0", "2"):
+        assert (scored.log_odds()[block] > 10).all(), block
+    plan = decide(scored, evidence(posterior, scored, (x, y), num_draws=30, num_candidates=1))
+    assert plan.widths["0"] == (6, 1) and plan.widths["2"] == (4, 1)
+    assert any("the fit is worthless" in note for note in plan.notes)
+    small = apply(plan, posterior)
+    torch.testing.assert_close(small(x), posterior.to_module()(x), rtol=1e-4, atol=1e-5)
