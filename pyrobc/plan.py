@@ -22,6 +22,8 @@ __all__ = ["BlockPlan", "Level", "Plan", "SlicePlan", "read_plan"]
 
 _FORMAT = 1
 OUTCOMES = ("keep", "prune", "abstain")
+_IN_WORDS = {"baseline", "budget", "by", "count", "epsilon", "max_worse", "prior_odds", "reduction", "round_to", "steps",
+             "z"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,10 @@ class Plan:
         return f"{text} on {self.baseline or rule.get('reduction')}" + (
             "" if self.baseline else f" with epsilon={rule.get('epsilon')}"
         )
+
+    def other_settings(self) -> dict[str, Any]:
+        """What ``describe_rule`` leaves out: cuts of a baseline, and what was done to single weights."""
+        return {key: value for key, value in self.rule.items() if key not in _IN_WORDS}
 
     def diff(self, other: Plan) -> list[str]:
         """Where two plans for the same network differ, one line each.
