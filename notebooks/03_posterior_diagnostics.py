@@ -162,12 +162,13 @@ show(evidence)
 print("log odds that input 9 is negligible, fit by fit:", [f"{s.log_odds()['input'][9]:.0f}" for s in scores])
 
 # %%
-gates = evidence.tree["posterior"]["multiplier"].to_numpy()
+gates = torch.as_tensor(evidence.tree["posterior"]["multiplier"].to_numpy())
 rhat = evidence.tree["bmr"]["rhat"].to_numpy()
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3), layout="constrained")
-for seed, draws in enumerate(gates):
-    left.scatter(draws[:, 0], draws[:, 9], s=3, alpha=0.4, label=f"fit {seed}")
-left.set(xlabel="gate of input 0", ylabel="gate of input 9, its near copy", title="Every fit is sure of another place")
+for seed, one in enumerate(fits):
+    weights = gates[seed] * one.mean().parameters["weight"]
+    left.scatter(weights[:, 0], weights[:, 9], s=3, alpha=0.4, label=f"fit {seed}")
+left.set(xlabel="weight of input 0", ylabel="weight of input 9, its near copy", title="Every fit settles elsewhere")
 left.legend(markerscale=3, frameon=False)
 right.bar(range(10), rhat - 1, color=[ORANGE if value > 1.05 else BLUE for value in rhat])
 right.set(xlabel="input", ylabel="R-hat - 1", yscale="log", xticks=range(10), title="R-hat sees it")

@@ -22,8 +22,7 @@ __all__ = ["BlockPlan", "Level", "Plan", "SlicePlan", "read_plan"]
 
 _FORMAT = 1
 OUTCOMES = ("keep", "prune", "abstain")
-_IN_WORDS = {"baseline", "budget", "by", "count", "epsilon", "max_worse", "prior_odds", "reduction", "round_to", "steps",
-             "z"}  # fmt: skip
+_IN_WORDS = {"baseline", "budget", "by", "count", "epsilon", "max_worse", "prior_odds", "reduction", "round_to", "z"}
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class Plan:
 
     def other_settings(self) -> dict[str, Any]:
         """What ``describe_rule`` leaves out: cuts of a baseline, and what was done to single weights."""
-        return {key: value for key, value in self.rule.items() if key not in _IN_WORDS}
+        return {key: value for key, value in self.rule.items() if key not in {*_IN_WORDS, "steps"}}
 
     def diff(self, other: Plan) -> list[str]:
         """Where two plans for the same network differ, one line each.
