@@ -163,8 +163,8 @@ def _run_inspect(options: Namespace, command: list[str]) -> int:
     rows = [[b.name, str(b.size), *(str(b.outcomes.count(o)) for o in OUTCOMES)] for b in plan.blocks]
     print_table(["block", "groups", *OUTCOMES], rows)
     print(f"rule: {plan.describe_rule()}")
-    facts = {"weights": plan.rule.get("weights", {}), "cuts": plan.rule.get("cuts", {}), "evidence": plan.evidence}
-    facts |= {"from": plan.provenance, "left alone": plan.left_alone}
+    facts = {"with": plan.other_settings(), "evidence": plan.evidence, "from": plan.provenance}
+    facts |= {"left alone": plan.left_alone}
     for title, values in facts.items():
         shown = {key: value for key, value in values.items() if key != "references"}
         if shown:

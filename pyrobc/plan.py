@@ -15,50 +15,11 @@ from typing import Any
 from pyrobc.errors import PlanError, suggest
 from pyrobc.json_numbers import decode_numbers, encode_numbers
 from pyrobc.plan_fields import FORMAT, as_tuples, check_plan, refuse
+from pyrobc.plan_parts import BlockPlan, Level, SlicePlan, follow_block, move_block, read_level
 
 __all__ = ["BlockPlan", "Level", "Plan", "SlicePlan", "read_plan"]
 
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """Decisions on one block: per group an outcome, its reason, and the numbers behind it.
-
-    ``delta_f`` and ``log_odds`` are in nats, unless the plan's rule names a baseline: then they are its own number and
-    how far that lies above the block's cut.
-    """
-
-    name: str
-    size: int
-    outcomes: tuple[str, ...]
-    reasons: tuple[str, ...]
-    delta_f: tuple[float, ...]
-    mcse: tuple[float, ...]
-    log_odds: tuple[float, ...]
-
-    @property
-    def kept(self) -> list[int]:
-        """Groups that stay: kept or undecided."""
-        return [i for i, outcome in enumerate(self.outcomes) if outcome != "prune"]
-
-
-@dataclass(frozen=True)
-class SlicePlan:
-    """Kept indices along one axis of one tensor; roles are those of members, and ``select`` reads network inputs."""
-
-    tensor: str
-    axis: int
-    role: str
-    kept: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Level:
-    """A network of another size on the same ranking: its kept groups by block, their slices, and what it costs."""
-
-    kept: Mapping[str, tuple[int, ...]]
-    slices: tuple[SlicePlan, ...]
-    parameters: int
-    macs: int
+_IN_WORDS = "baseline budget by count epsilon level max_worse prior_odds reduction round_to steps z".split()
 
 
 @dataclass(frozen=True)
@@ -139,11 +100,15 @@ class Plan:
                 text += f" & Predictive(max_worse={rule.get('max_worse')!r})"
             if rule.get("budget") is not None:
                 text = f"({text}) | Budget(parameters={rule['budget']})"
-        for key in ("count", "round_to"):
+        for key in ("count", "round_to", "level"):
             text += f", {key}={rule[key]}" if key in rule else ""
         return f"{text} on {self.baseline or rule.get('reduction')}" + (
             "" if self.baseline else f" with epsilon={rule.get('epsilon')}"
         )
+
+    def other_settings(self) -> dict[str, Any]:
+        """What ``describe_rule`` leaves out: cuts of a baseline, and what was done to single weights."""
+        return {key: value for key, value in self.rule.items() if key not in _IN_WORDS}
 
     def diff(self, other: Plan) -> list[str]:
         """Where two plans for the same network differ, one line each.
@@ -186,7 +151,7 @@ class Plan:
         return replace(chosen, levels=self.levels, rule={**self.rule, "level": share}, notes=(*self.notes, note))
 
     def _moved_to(self, level: Level, share: float) -> Plan:
-        blocks = tuple(_move_block(block, level.kept[block.name], share) for block in self.blocks)
+        blocks = tuple(move_block(block, level.kept[block.name], share) for block in self.blocks)
         parameters, macs = (self.parameters[0], level.parameters), (self.macs[0], level.macs)
         return replace(self, blocks=blocks, slices=level.slices, parameters=parameters, macs=macs, levels=())
 
@@ -208,7 +173,7 @@ class Plan:
                 allowed="a plan for the network that the first plan leaves",
                 fix="decide on the re-adapted posterior of the cut network",
             )
-        blocks = tuple(_follow_block(a, b) for a, b in zip(self.blocks, later.blocks, strict=True))
+        blocks = tuple(follow_block(a, b) for a, b in zip(self.blocks, later.blocks, strict=True))
         kept = {(part.tensor, part.axis): part.kept for part in later.slices}
         slices = tuple(
             replace(part, kept=tuple(part.kept[i] for i in kept[part.tensor, part.axis])) for part in self.slices
@@ -246,7 +211,7 @@ class Plan:
             blocks = tuple(BlockPlan(**as_tuples(block)) for block in data.pop("blocks"))
             slices = tuple(SlicePlan(**as_tuples(part)) for part in data.pop("slices"))
             network = {name: tuple(shape) for name, shape in data.pop("network").items()}
-            levels = tuple(_read_level(level) for level in data.pop("levels", ()))
+            levels = tuple(read_level(level) for level in data.pop("levels", ()))
             plan = cls(blocks=blocks, slices=slices, network=network, levels=levels, **as_tuples(data))
             check_plan(plan, source)
             for level in levels:
@@ -256,31 +221,6 @@ class Plan:
                 raise
             raise refuse(source, f"wrong fields ({error})") from error
         return plan
-
-
-def _read_level(data: Mapping[str, Any]) -> Level:
-    slices = tuple(SlicePlan(**as_tuples(part)) for part in data["slices"])
-    return Level(**{**data, "kept": as_tuples(data["kept"]), "slices": slices})
-
-
-def _move_block(block: BlockPlan, kept: tuple[int, ...], share: float) -> BlockPlan:
-    """The block with other groups kept; those whose outcome changes say why."""
-    stays, why = set(kept), f"the network of at most {share:g} of the parameters "
-    outcomes, reasons = list(block.outcomes), list(block.reasons)
-    for i, outcome in enumerate(block.outcomes):
-        if (outcome != "prune") != (i in stays):
-            outcomes[i], reasons[i] = ("keep", f"{why}has it") if i in stays else ("prune", f"{why}lacks it")
-    return replace(block, outcomes=tuple(outcomes), reasons=tuple(reasons))
-
-
-def _follow_block(first: BlockPlan, later: BlockPlan) -> BlockPlan:
-    """Survivors of the first decision take the later one's outcome and numbers."""
-    columns = ("outcomes", "reasons", "delta_f", "mcse", "log_odds")
-    merged: dict[str, list[Any]] = {name: list(getattr(first, name)) for name in columns}
-    for position, group in enumerate(first.kept):
-        for name in columns:
-            merged[name][group] = getattr(later, name)[position]
-    return BlockPlan(first.name, first.size, **{name: tuple(values) for name, values in merged.items()})
 
 
 def read_plan(path: str | Path) -> Plan:

@@ -114,8 +114,7 @@ def describe_decision(plan: Plan) -> dict[str, Any]:
     rows.sort(key=lambda row: abs(row["odds"]) if math.isfinite(row["odds"]) else math.inf)
     outcomes = [outcome for block in plan.blocks for outcome in block.outcomes]
     counts = ", ".join(f"{outcomes.count(o)} {o}" for o in OUTCOMES)
-    told = {"reduction", "epsilon", "prior_odds", "z", "max_worse", "budget", "by", "baseline", "count", "round_to"}
-    others = [(key.replace("_", " "), _say(v)) for key, v in plan.rule.items() if key not in {*told, "steps"}]
+    others = [(key.replace("_", " "), _say(value)) for key, value in plan.other_settings().items()]
     baseline = plan.baseline
     return {
         "rule": [("rule", plan.describe_rule()), ("groups", counts), *others],

@@ -15,7 +15,7 @@ from pyrobc.decide import decide
 from pyrobc.dists import SoftCapped
 from pyrobc.errors import BudgetError, ConfigError, PlanError, ReductionError
 from pyrobc.family import make_family
-from pyrobc.figures import draw_scores, draw_sensitivity
+from pyrobc.figures import draw_odds_sensitivity, draw_scores
 from pyrobc.plan import Plan
 from pyrobc.report import write_report
 from pyrobc.scores import Score, score
@@ -67,12 +67,13 @@ def test_scores_are_those_of_the_laws(result: Result) -> None:
 def test_plan_says_which_score_decided(result: Result) -> None:
     plan = result.plan
     assert re.fullmatch(
-        r"input\[5\]: prune: log_alpha minus its cut \S+ > 0 \(log_alpha = \S+, minus its cut = \S+\)",
+        r"input\[5\]: prune: log_alpha minus its cut \S+ > 0 \(log_alpha = \S+, minus its cut = \S+\) "
+        r"by BeyondCut\(\) & Predictive\(max_worse=2.0\) on log_alpha",
         plan.explain("input[5]"),
     )
     assert "nats" not in plan.explain("input[0]")
     assert Plan.from_json(plan.to_json()).rule == plan.rule
-    assert "log_alpha minus its cut" in draw_scores(plan) and "shift of the cuts" in draw_sensitivity(plan)
+    assert "log_alpha minus its cut" in draw_scores(plan).svg and "shift of the cuts" in draw_odds_sensitivity(plan).svg
 
 
 def test_report_says_which_score_decided(result: Result, tmp_path: object) -> None:
