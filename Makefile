@@ -56,12 +56,7 @@ format: $(STAMP)  ## let ruff put the code in order
 	$(BIN)/ruff format
 
 bench: $(STAMP)  ## run every benchmark; results go to benchmarks/results (MNIST's with DATA=folder, hours)
-	@set -e; for file in benchmarks/[!_]*.py; do \
-	  name=$$(basename $$file .py); options=; \
-	  if grep -q '"--data"' $$file; then \
-	    if [ -z "$(DATA)" ]; then echo "benchmarks.$$name: left out, it needs make bench DATA=folder"; continue; fi; \
-	    options="--data $(DATA)"; fi; \
-	  echo "benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name $$options; done
+	$(BIN)/python -m benchmarks --all $(if $(DATA),--data $(DATA))
 
 clean:  ## remove build outputs and caches; .venv and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

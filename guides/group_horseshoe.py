@@ -48,9 +48,10 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent, kl_divergence
 
 from pyrobc.dists import HalfCauchyProduct, SoftCapped
+from pyrobc.dists.normal_kl import sum_kl
 from pyrobc.dists.soft_capped import soft_cap
 from pyrobc.errors import FamilyError
 from pyrobc.family import (
@@ -179,20 +180,32 @@ class GroupHorseshoe(Family):
         return Effective(gates, {name: values[name] for name in spec.parameters})
 
     def draw_local(self, laws: Laws, spec: GroupSpec, num_examples: int) -> Effective:
-        """Global scales once, local scales per example; parameters stay means and variances."""
+        """Global scales once, local scales per example, all blocks at once; parameters stay means and variances."""
         draws = torch.Size([min(self.num_draws or num_examples, num_examples)])
-        gates = {}
-        for block in spec.blocks:
-            loc_s, var_s = _log_moments([laws[f"{block.name}.{site}"] for site in _GLOBAL])
-            loc_z, var_z = _log_moments([laws[f"{block.name}.{site}"].base_dist for site in _LOCAL])
-            noise = torch.randn(draws + loc_z.shape, dtype=loc_z.dtype, device=loc_z.device)
-            shared = torch.randn_like(loc_s)
-            gates[block.name] = self._limit((loc_s + loc_z + var_s.sqrt() * shared + var_z.sqrt() * noise).exp())
+        sizes = [block.size for block in spec.blocks]
+        loc_s, var_s = _log_moments([_flatten([laws[f"{b.name}.{site}"] for b in spec.blocks]) for site in _GLOBAL])
+        loc_z, var_z = _log_moments([_flatten([laws[f"{b.name}.{site}"] for b in spec.blocks]) for site in _LOCAL])
+        noise = torch.randn(*draws, len(loc_z), dtype=loc_z.dtype, device=loc_z.device)
+        owner = torch.repeat_interleave(torch.tensor(sizes)).to(loc_s.device)
+        shared = (loc_s + var_s.sqrt() * torch.randn_like(loc_s)).index_select(0, owner)
+        values = self._limit(torch.addcmul(loc_z + shared, var_z.sqrt(), noise).exp())
+        gates = {block.name: part for block, part in zip(spec.blocks, values.split(sizes, dim=1), strict=True)}
         normals = {name: laws[name].base_dist for name in spec.parameters}
         drawn = {n: q.rsample() for n, q in normals.items() if spec.parameters[n].kind in ("scale", "other")}
         means = {name: normal.loc for name, normal in normals.items()} | drawn
-        variances = {n: q.scale.square() for n, q in normals.items() if n not in drawn}
+        variances = {n: q.variance for n, q in normals.items() if n not in drawn}
         return Effective(gates, means, variances)
+
+    def kl(self, laws: Laws, priors: Laws) -> dict[str, Tensor]:
+        """Scales of all blocks at once, by the kind of their prior; parameters by the registered Normal form."""
+        kls: dict[str, Tensor] = {}
+        for kind in _GLOBAL + _LOCAL:
+            sites = [name for name in laws if name.endswith(f".{kind}")]
+            q, p = _flatten([laws[name] for name in sites]), _base(priors[sites[0]])
+            same = type(p)(p.concentration.flatten()[0], p.rate.flatten()[0], validate_args=False)
+            parts = kl_divergence(q, same).split([_base(laws[name]).loc.numel() for name in sites])
+            kls |= {name: part.sum() for name, part in zip(sites, parts, strict=True)}
+        return kls | {name: sum_kl(law, priors[name]) for name, law in laws.items() if name not in kls}
 
     def mean(self, laws: Laws, spec: GroupSpec) -> Effective:
         """Mean multipliers and mean parameters; they are independent, so the product is the mean weight."""
@@ -232,6 +245,17 @@ class GroupHorseshoe(Family):
 
     def _limit(self, gate: Tensor) -> Tensor:
         return gate if self.slab is None else soft_cap(gate, self.slab)
+
+
+def _base(law: Any) -> Any:
+    return law.base_dist if isinstance(law, Independent) else law
+
+
+def _flatten(laws: list[Any]) -> Any:
+    """Log-normals of several sites as one, batch shape ``[all groups]``."""
+    bases = [_base(law) for law in laws]
+    loc, scale = (torch.cat([getattr(base, part).reshape(-1) for base in bases]) for part in ("loc", "scale"))
+    return dist.LogNormal(loc, scale, validate_args=False)
 
 
 def _log_moments(laws: list[Any]) -> tuple[Tensor, Tensor]:

@@ -196,19 +196,25 @@ class GroupNormalJeffreys(Family):
         return Effective(gates, {name: values[name] for name in spec.parameters})
 
     def draw_local(self, laws: Laws, spec: GroupSpec, num_examples: int) -> Effective:
-        """Scales per example, or per run of examples; parameters stay means and variances."""
-        draws = torch.Size([min(self.num_draws or num_examples, num_examples)])
-        gates = {block.name: laws[f"{block.name}.scale"].rsample(draws) for block in spec.blocks}
+        """Scales per example, or per run of examples, all blocks at once; parameters stay means and variances."""
+        scales = [laws[f"{block.name}.scale"].base_dist for block in spec.blocks]
+        loc, scale = torch.cat([q.loc for q in scales]), torch.cat([q.scale for q in scales])
+        draws = min(self.num_draws or num_examples, num_examples)
+        noise = torch.randn(draws, len(loc), dtype=loc.dtype, device=loc.device)
+        parts = torch.addcmul(loc, scale, noise).split([block.size for block in spec.blocks], dim=1)
+        gates = {block.name: part for block, part in zip(spec.blocks, parts, strict=True)}
         normals = {name: laws[name].base_dist for name in spec.parameters}
         drawn = {n: q.rsample() for n, q in normals.items() if spec.parameters[n].kind in ("scale", "other")}
         means = {name: normal.loc for name, normal in normals.items()} | drawn
-        variances = {n: q.scale.square() for n, q in normals.items() if n not in drawn}
+        variances = {n: q.variance for n, q in normals.items() if n not in drawn}
         return Effective(gates, means, variances)
 
     def kl(self, laws: Laws, priors: Laws) -> dict[str, Tensor]:
         """Scales of all blocks at once, by the chosen divergence; parameters by the registered Normal form."""
         scales = {n: law.base_dist for n, law in laws.items() if isinstance(priors[n].base_dist, ScaleFree)}
-        values = _DIVERGENCES[self.divergence](torch.cat([log_alpha(law) for law in scales.values()]))
+        loc, scale = (torch.cat([getattr(q, part) for q in scales.values()]) for part in ("loc", "scale"))
+        flat = dist.Normal(loc, scale, validate_args=False)
+        values = _DIVERGENCES[self.divergence](log_alpha(flat))
         parts = values.split([len(law.loc) for law in scales.values()])
         kls = {n: (p + constant_divergence(priors[n].base_dist)).sum() for n, p in zip(scales, parts, strict=True)}
         return kls | {n: sum_kl(law, priors[n]) for n, law in laws.items() if n not in scales}

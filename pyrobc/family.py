@@ -257,7 +257,7 @@ class UngatedFamily(Family):
         normals = {name: laws[name].base_dist for name in spec.parameters}
         drawn = {n: q.rsample() for n, q in normals.items() if spec.parameters[n].kind in ("scale", "other")}
         means = {name: normal.loc for name, normal in normals.items()} | drawn
-        return Effective({}, means, {n: q.scale.square() for n, q in normals.items() if n not in drawn})
+        return Effective({}, means, {n: q.variance for n, q in normals.items() if n not in drawn})
 
     def mean(self, laws: Laws, spec: GroupSpec) -> Effective:
         """Posterior means."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,24 @@ from pyrobc.slicing import SelectLinear
 __all__ = ["ChannelGate", "LayerLaw", "LiftedLayer", "OutputGate"]
 
 _SMALLEST_VARIANCE = 1e-16  # keeps the gradient of the square root finite where an example's input is all zero
+
+
+class _AddNoise(torch.autograd.Function):
+    r""":math:`m + \epsilon\sqrt v`, with gradient :math:`\epsilon/2\sqrt v` by v; v no smaller than the smallest."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
+        spread = variance.clamp_min(_SMALLEST_VARIANCE).sqrt_()
+        output = torch.addcmul(mean, spread, noise)
+        slope = noise.div_(spread).mul_(0.5)
+        ctx.save_for_backward(slope.masked_fill_(variance < _SMALLEST_VARIANCE, 0.0))
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return gradients[0], gradients[0] * slope, None
 
 
 @dataclass(frozen=True)
@@ -177,7 +195,7 @@ class LiftedLayer(nn.Module):
         output = self._affine(h, weight, bias)
         if law.weight_variance is not None:
             variance = self._affine(h.square(), law.weight_variance, law.bias_variance)
-            output = output + variance.clamp_min(_SMALLEST_VARIANCE).sqrt() * torch.randn_like(output)
+            output = cast(Tensor, _AddNoise.apply(output, variance, torch.randn_like(output)))
         return self.emitted.multiply(output, law.gates, channel)
 
     def propagate(self, moments: Moments) -> Moments:

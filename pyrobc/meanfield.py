@@ -19,6 +19,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyrobc.dists.log_scale_normal import LogScaleNormal
 from pyrobc.dists.pruned_normal import PrunedNormal
 from pyrobc.groups import GroupSpec, Ints, Kept
 
@@ -84,11 +85,11 @@ class NormalFactor(Factor):
 
     def distribution(self) -> Distribution:
         """Normal(loc, exp(log_scale)), at zero where pruned."""
-        loc, scale = self.mean(), self.log_scale.exp()
+        loc = self.mean()
         if self.is_whole:
-            whole: Distribution = dist.Normal(loc, scale, validate_args=False).to_event(loc.dim())
+            whole: Distribution = LogScaleNormal(loc, self.log_scale, validate_args=False).to_event(loc.dim())
             return whole
-        law: Distribution = PrunedNormal(loc, scale, self.kept, False, self._index()).to_event(loc.dim())
+        law: Distribution = PrunedNormal(loc, self.log_scale.exp(), self.kept, False, self._index()).to_event(loc.dim())
         return law
 
     def _index(self) -> Tensor:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
+import torch
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ def analytic_loss(model: LiftedModel, guide: MeanFieldGuide, num_data: int, log_
         scales = {name: law.rsample() for name, law in extra.items()}
         fit = log_likelihood(model, effective, inputs, targets, scales).sum()
         own_kl, extra_kl = model.family.kl(own, priors), _likelihood_kl(extra, priors)
-        kl = sum(value * weights.get(site, 1.0) for site, value in (own_kl | extra_kl).items())
+        kls = [value * weights[n] if n in weights else value for n, value in (own_kl | extra_kl).items()]
+        kl = torch.stack(kls).sum()
         return temperature * kl - fit * (num_data / len(targets))
 
     return loss

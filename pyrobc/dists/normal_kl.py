@@ -25,40 +25,58 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Laplace, Normal, kl_divergence
 
+from pyrobc.dists.log_scale_normal import LogScaleNormal
 from pyrobc.dists.pruned_normal import PrunedNormal
 
 __all__ = ["sum_kl"]
 
-_ROOT = math.sqrt(2 / math.pi)
+_ROOT, _LOG_2PI = math.sqrt(2 / math.pi), math.log(2 * math.pi)
+_READ: WeakKeyDictionary[Any, tuple[tuple[int, ...], tuple[float, float]]] = WeakKeyDictionary()
 
 
 def sum_kl(law: Distribution, prior: Distribution) -> Tensor:
     """KL(law || prior) as one number, nats, whatever the batch and event shapes."""
     q: Any = law.base_dist if isinstance(law, Independent) else law
     p: Any = prior.base_dist if isinstance(prior, Independent) else prior
-    is_point = isinstance(q, Delta) and isinstance(p, Normal) and q.v.shape == p.batch_shape
-    if is_point and _is_one(p.loc) and _is_one(p.scale):
-        point: Tensor = _SumPoints.apply(q.v, p.loc.detach().flatten()[0], p.scale.detach().flatten()[0])
+    is_ours = isinstance(q, Delta | Normal | PrunedNormal) and isinstance(p, Normal | Laplace)
+    shape = q.v.shape if isinstance(q, Delta) else q.batch_shape
+    if not is_ours or shape != p.batch_shape or (numbers := _read_numbers(p)) is None:
+        return kl_divergence(law, prior).sum()
+    if isinstance(q, Delta):
+        if isinstance(p, Laplace):
+            return kl_divergence(law, prior).sum()
+        point: Tensor = _SumPoints.apply(q.v, *numbers)
         return point
-    is_known = isinstance(q, Normal | PrunedNormal) and isinstance(p, Normal | Laplace)
-    if is_known and q.batch_shape == p.batch_shape and _is_one(p.loc) and _is_one(p.scale):
-        index = q.index if isinstance(q, PrunedNormal) else None
-        center, scale = (part.detach().flatten()[0] for part in (p.loc, p.scale))
-        rule = _SumLaplace if isinstance(p, Laplace) else _SumNormal
-        value: Tensor = rule.apply(q.loc, q.scale, index, center, scale)
-        return value
-    return kl_divergence(law, prior).sum()
+    if isinstance(q, LogScaleNormal) and isinstance(p, Normal):
+        normal: Tensor = _SumLogScale.apply(q.loc, q.log_scale, q.variance, *numbers)
+        return normal
+    index = q.index if isinstance(q, PrunedNormal) else None
+    rule = _SumLaplace if isinstance(p, Laplace) else _SumNormal
+    value: Tensor = rule.apply(q.loc, q.scale, index, *numbers)
+    return value
 
 
-def _is_one(value: Tensor) -> bool:
-    """Whether a tensor is one number, expanded, that nobody trains."""
-    return value.numel() > 0 and not any(value.stride()) and not value.requires_grad
+def _read_numbers(prior: Any) -> tuple[float, float] | None:
+    """Location and scale of a prior that has one of each, read once; None where it has more, or trains them."""
+    parts = prior.loc, prior.scale
+    if any(part.numel() == 0 or any(part.stride()) or part.requires_grad for part in parts):
+        return None
+    versions = tuple(part._version for part in parts)
+    if prior not in _READ or _READ[prior][0] != versions:
+        center, scale = (float(part.flatten()[0]) for part in parts)
+        _READ[prior] = versions, (center, scale)
+    return _READ[prior][1]
+
+
+def _move(values: Tensor, center: float) -> Tensor:
+    return values - center if center else values
 
 
 def _take(values: Tensor, index: Tensor | None) -> Tensor:
@@ -74,47 +92,73 @@ def _put(gradient: Tensor, like: Tensor, index: Tensor | None) -> Tensor:
 
 class _SumNormal(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loc: Tensor, spread: Tensor, index: Tensor | None, center: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(loc, spread, index, center, scale)
-        away, width = _take(loc, index) - center, _take(spread, index)
+    def forward(ctx: Any, loc: Tensor, spread: Tensor, index: Tensor | None, center: float, scale: float) -> Tensor:
+        ctx.save_for_backward(loc, spread, index)
+        ctx.numbers = center, scale
+        away, width = _move(_take(loc, index), center), _take(spread, index)
         energy = 0.5 * (away.dot(away) + width.dot(width)) / scale**2
-        return energy - width.log().sum() + width.numel() * (scale.log() - 0.5)
+        return energy - width.log().sum() + width.numel() * (math.log(scale) - 0.5)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        loc, spread, index, center, scale = ctx.saved_tensors
-        away, width = _take(loc, index) - center, _take(spread, index)
+        loc, spread, index = ctx.saved_tensors
+        center, scale = ctx.numbers
+        away, width = _move(_take(loc, index), center), _take(spread, index)
         to_loc = away * (gradients[0] / scale**2)
         to_spread = (width / scale**2 - width.reciprocal()) * gradients[0]
         return _put(to_loc, loc, index), _put(to_spread, spread, index), None, None, None
 
 
-class _SumPoints(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, center: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(value, center, scale)
-        away = value.reshape(-1) - center
-        return 0.5 * away.dot(away) / scale**2 + away.numel() * (scale.log() + 0.5 * math.log(2 * math.pi))
+class _SumLogScale(torch.autograd.Function):
+    """As ``_SumNormal``, of the variance and the log scale, whose slopes are one number each."""
 
     @staticmethod
+    def forward(ctx: Any, loc: Tensor, log_scale: Tensor, variance: Tensor, center: float, scale: float) -> Tensor:
+        ctx.save_for_backward(loc)
+        ctx.numbers = center, scale
+        away = _move(loc.reshape(-1), center)
+        energy = (away.dot(away) + variance.sum()).mul_(0.5 / scale**2)
+        return energy.sub_(log_scale.sum()).add_(loc.numel() * (math.log(scale) - 0.5))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        (loc,), (center, scale) = ctx.saved_tensors, ctx.numbers
+        slope = gradients[0] / scale**2
+        return _move(loc, center) * slope, -gradients[0].expand_as(loc), (0.5 * slope).expand_as(loc), None, None
+
+
+class _SumPoints(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, center: float, scale: float) -> Tensor:
+        ctx.save_for_backward(value)
+        ctx.numbers = center, scale
+        away = _move(value.reshape(-1), center)
+        return away.dot(away).mul_(0.5 / scale**2).add_(away.numel() * (math.log(scale) + 0.5 * _LOG_2PI))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        value, center, scale = ctx.saved_tensors
-        return (value - center) * (gradients[0] / scale**2), None, None
+        (value,), (center, scale) = ctx.saved_tensors, ctx.numbers
+        return _move(value, center) * (gradients[0] / scale**2), None, None
 
 
 class _SumLaplace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loc: Tensor, spread: Tensor, index: Tensor | None, center: Tensor, scale: Tensor) -> Tensor:
-        away, width = _take(loc, index) - center, _take(spread, index)
+    def forward(ctx: Any, loc: Tensor, spread: Tensor, index: Tensor | None, center: float, scale: float) -> Tensor:
+        away, width = _move(_take(loc, index), center), _take(spread, index)
         z = away / width
         sign, bell = torch.erf(z * math.sqrt(0.5)), _ROOT * torch.exp(-0.5 * z * z)
-        ctx.save_for_backward(loc, spread, index, scale, sign, bell)
+        ctx.save_for_backward(loc, spread, index, sign, bell)
+        ctx.scale = scale
         size = width.dot(bell) + away.dot(sign)
-        constant = (2 * scale).log() - 0.5 * math.log(2 * math.pi * math.e)
+        constant = math.log(2 * scale) - 0.5 * (_LOG_2PI + 1)
         return size / scale - width.log().sum() + width.numel() * constant
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        loc, spread, index, scale, sign, bell = ctx.saved_tensors
+        (loc, spread, index, sign, bell), scale = ctx.saved_tensors, ctx.scale
         to_spread = (bell / scale - _take(spread, index).reciprocal()) * gradients[0]
         return _put(sign * (gradients[0] / scale), loc, index), _put(to_spread, spread, index), None, None, None

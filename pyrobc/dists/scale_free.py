@@ -38,6 +38,7 @@ References:
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ __all__ = [
 _EULER = 0.57721566490153286
 _SWITCH = math.log(64.0)  # of ln 2u, where the Poisson sum hands over to the asymptotic series
 _NUM_POISSON, _NUM_ASYMPTOTIC = 100, 24
+_LEAST = -700.0  # exponent below which a term is none; what underflows would be slow
 
 
 class ScaleFree(TorchDistribution):
@@ -169,33 +171,51 @@ def _(dist: ScaleFree, lower: Tensor, upper: Tensor) -> Tensor:
     return dist.log_mass(lower, upper)
 
 
-def _series() -> tuple[Tensor, Tensor]:
-    """Columns: coefficients of g and of its slope; rows: Poisson counts, and powers of 1/(2u)."""
+@lru_cache
+def _series(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns: coefficients of g and of its slope; rows: Poisson counts, and powers of 1/(2u).  Last, ln j!."""
     odd = 2.0 * torch.arange(_NUM_POISSON + 1, dtype=torch.float64) + 1.0
     halves = torch.cat([odd.new_zeros(1), (1.0 / odd[:-1]).cumsum(0)])  # (psi(j + 1/2) - psi(1/2)) / 2
     k = torch.arange(1, _NUM_ASYMPTOTIC + 1, dtype=torch.float64)
     double_factorial = odd[:_NUM_ASYMPTOTIC].cumprod(0)  # 1, 1 3, 1 3 5, ...
     poisson = torch.stack([halves, 1.0 / odd], 1)
-    return poisson, torch.stack([-double_factorial / (2.0 * k), double_factorial / 2.0], 1)
+    asymptotic = torch.stack([-double_factorial / (2.0 * k), double_factorial / 2.0], 1)
+    return poisson.to(device), asymptotic.to(device), torch.lgamma(0.5 * (odd + 1.0)).to(device)
+
+
+def _sum_poisson(log_u: Tensor) -> tuple[Tensor, Tensor]:
+    """The divergence and its slope, where u is at most 32."""
+    poisson, _, log_factorial = _series(log_u.device)
+    log_u = log_u.clamp(min=_LEAST)
+    counts = torch.arange(len(poisson), dtype=torch.float64, device=log_u.device)
+    u = log_u.exp()
+    weights = torch.addcmul(-log_factorial, log_u.unsqueeze(-1), counts).sub_(u.unsqueeze(-1)).clamp_(_LEAST).exp_()
+    value, slope = (weights @ poisson).unbind(-1)
+    return value, -u * slope
+
+
+def _sum_asymptotic(log_2u: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where it is more."""
+    _, asymptotic, _ = _series(log_2u.device)
+    powers = torch.exp(-log_2u).unsqueeze(-1).expand(-1, len(asymptotic)).cumprod(-1)
+    value, slope = (powers @ asymptotic).unbind(-1)
+    return value + 0.5 * (log_2u + _EULER + math.log(2.0)), -0.5 - slope
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_alpha: Tensor) -> Tensor:
-        poisson, asymptotic = (c.to(log_alpha.device) for c in _series())
-        log_2u = -log_alpha.double()
-        log_u = log_2u.clamp(min=-700.0, max=_SWITCH) - math.log(2.0)
-        counts = torch.arange(len(poisson), dtype=torch.float64, device=log_alpha.device)
-        u = log_u.exp()
-        weights = torch.exp(counts * log_u.unsqueeze(-1) - torch.lgamma(counts + 1.0) - u.unsqueeze(-1))
-        near = weights @ poisson
-        powers = torch.exp(-log_2u.clamp(min=_SWITCH).unsqueeze(-1) * (1.0 + counts[: len(asymptotic)]))
-        far = powers @ asymptotic
+        log_2u = -log_alpha.double().reshape(-1)
         is_far = log_2u > _SWITCH
-        value = torch.where(is_far, 0.5 * (log_2u + _EULER + math.log(2.0)) + far[..., 0], near[..., 0])
-        slope = -torch.where(is_far, 0.5 + far[..., 1], u * near[..., 1])
-        ctx.save_for_backward(slope.to(log_alpha.dtype))
-        return value.to(log_alpha.dtype)
+        value, slope = torch.empty_like(log_2u), torch.empty_like(log_2u)
+        for part, rule, shift in ((is_far, _sum_asymptotic, 0.0), (~is_far, _sum_poisson, math.log(2.0))):
+            index = part.nonzero().squeeze(1)
+            if len(index):
+                values, slopes = rule(log_2u[index] - shift)
+                value.index_copy_(0, index, values)
+                slope.index_copy_(0, index, slopes)
+        ctx.save_for_backward(slope.view_as(log_alpha).to(log_alpha.dtype))
+        return value.view_as(log_alpha).to(log_alpha.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

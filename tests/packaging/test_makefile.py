@@ -92,7 +92,13 @@ def test_no_python_is_said_in_one_line(clone: Clone) -> None:
 
 @pytest.mark.parametrize(
     ("target", "expected"),
-    [("demo", "pyrobc demo"), ("test", '-m "not slow"'), ("test-slow", "-m slow"), ("lint", ".venv/bin/mypy")],
+    [
+        ("demo", "pyrobc demo"),
+        ("test", '-m "not slow"'),
+        ("test-slow", "-m slow"),
+        ("lint", ".venv/bin/mypy"),
+        ("bench", "benchmarks --all"),
+    ],
 )
 def test_target_prepares_the_environment_itself(clone: Clone, target: str, expected: str) -> None:
     plan = clone.make("--dry-run", target).stdout
