@@ -52,7 +52,7 @@ def write_report(runs: Path, rules: Mapping[str, Mapping[str, Any]], results: Pa
     write_text(
         results / "bmrs_tables.md", "\n".join(lines + ["", "![Curves](bmrs_tables.png)"] + print_run(head)) + "\n"
     )
-    draw_curves(networks, records, results / "bmrs_tables.png")
+    draw_curves(records, results / "bmrs_tables.png")
     print("\n".join(lines))
 
 
@@ -141,40 +141,35 @@ def describe_speed(here: Records) -> list[str]:
     return lines
 
 
-def draw_curves(places: Sequence[tuple[str, str]], records: Records, path: Path) -> None:
-    """Test accuracy against the share removed: one panel a network, one line a score, means over seeds."""
+def draw_curves(records: Records, path: Path) -> None:
+    """Test accuracy against the share removed: panels by network and weight of the KL, lines by score."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [place for place in places if any(is_curve(r) for r in records if (r["dataset"], r["network"]) == place)]
-    scales = sorted({r["kl_scale"] for r in records if is_curve(r)}, key=lambda kl: (kl != "mean", kl)) or ["elbo"]
-    size = (5.5 * len(scales), 3.6 * max(1, len(shown)))
-    figure, axes = pyplot.subplots(max(1, len(shown)), len(scales), figsize=size, squeeze=False)
-    for row, place in zip(axes, shown, strict=False):
-        for axis, kl in zip(row, scales, strict=True):
-            runs = [r for r in records if is_curve(r) and (r["dataset"], r["network"], r["kl_scale"]) == (*place, kl)]
-            for name in dict.fromkeys(r["name"] for r in runs):
-                curves = [r["points"] for r in runs if r["name"] == name]
-                levels = [
-                    n
-                    for n in sorted({p["count"] for p in curves[0]})
-                    if all(n in {p["count"] for p in c} for c in curves)
-                ]
-                found = [[next(p for p in curve if p["count"] == n) for curve in curves] for n in levels]
-                x, y = ([statistics.mean(p[key] for p in points) for points in found] for key in ("removed", "test"))
-                axis.plot(x, y, "-o" if name in BMRS else "--", markersize=3, linewidth=1.2, label=name)
-            axis.set(
-                title=f"{place[1]} on {place[0]}, KL {kl}", xlabel="parameters removed, %", ylabel="test accuracy, %"
-            )
-            if place in TARGETS:
-                axis.plot(*TARGETS[place], "k*", markersize=9, label="target")
-                axis.set_ylim(max(0, TARGETS[place][1] - 9), 100)
-            if runs:
-                axis.legend(fontsize=7)
-            else:
-                axis.set_axis_off()
+    panels: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for record in filter(is_curve, records):
+        panels.setdefault((record["dataset"], record["network"], record["kl_scale"]), []).append(record)
+    order = sorted(panels, key=lambda panel: (panel[0] != "mnist", panel[1], panel[2] != "mean", panel[2]))
+    columns = min(3, max(1, len(order)))
+    size = -(-max(1, len(order)) // columns), columns
+    figure, axes = pyplot.subplots(*size, figsize=(5.5 * columns, 3.6 * size[0]), squeeze=False)
+    for axis in axes.flat[len(order) :]:
+        axis.set_axis_off()
+    for axis, (dataset, network, kl) in zip(axes.flat, order, strict=False):
+        runs = panels[dataset, network, kl]
+        for name in dict.fromkeys(r["name"] for r in runs):
+            curves = [r["points"] for r in runs if r["name"] == name]
+            shared = set.intersection(*({p["count"] for p in curve} for curve in curves))
+            found = [[next(p for p in curve if p["count"] == n) for curve in curves] for n in sorted(shared)]
+            x, y = ([statistics.mean(p[key] for p in points) for points in found] for key in ("removed", "test"))
+            axis.plot(x, y, "-o" if name in BMRS else "--", markersize=3, linewidth=1.2, label=name)
+        axis.set(title=f"{network} on {dataset}, KL {kl}", xlabel="parameters removed, %", ylabel="test accuracy, %")
+        if target := TARGETS.get((dataset, network)):
+            axis.plot(*target, "k*", markersize=9, label="target")
+            axis.set_ylim(max(0, target[1] - 9), 100)
+        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
