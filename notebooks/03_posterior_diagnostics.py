@@ -25,8 +25,8 @@
 # | k-hat of each group | would draws have found the price of its removal? | the same; a closed form needs none |
 # | R-hat and ESS across seeds | do fits from other starts end in the same place? | R-hat above 1.05, small ESS |
 #
-# Three cases: one where all say yes, one where the k-hat of the fit sees nothing wrong and R-hat does, one where the
-# k-hat of the fit says no.
+# Three cases: one where all say yes, one where the k-hat of the fit stands at its limit and only R-hat names the input,
+# one where the k-hat of the fit says no.
 
 # %%
 import os
@@ -166,7 +166,7 @@ gates = torch.as_tensor(evidence.tree["posterior"]["multiplier"].to_numpy())
 rhat = evidence.tree["bmr"]["rhat"].to_numpy()
 figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3), layout="constrained")
 for seed, one in enumerate(fits):
-    weights = gates[seed] * one.mean().parameters["weight"]
+    weights = (gates[seed] * one.mean().parameters["weight"]).detach()
     left.scatter(weights[:, 0], weights[:, 9], s=3, alpha=0.4, label=f"fit {seed}")
 left.set(xlabel="weight of input 0", ylabel="weight of input 9, its near copy", title="Every fit settles elsewhere")
 left.legend(markerscale=3, frameon=False)
@@ -175,10 +175,10 @@ right.set(xlabel="input", ylabel="R-hat - 1", yscale="log", xticks=range(10), ti
 plt.show()
 
 # %% [markdown]
-# The k-hat of the fit does not object: importance weights compare $q$ with the posterior *where $q$ has draws*, and a
-# place that no draw visits has no weight. Only fits from other starts can find it. (Most rows object, so that
-# leave-one-out is not to be used here either, but they do not say why.) What to do: do not take one fit's word on
-# input 9. Keep it, drop one of the two copies by hand, or find rows in which the two differ.
+# The k-hat of the fit barely objects: importance weights compare $q$ with the posterior *where $q$ has draws*, and a
+# place that no draw visits has no weight. Only fits from other starts can find it, and say which input it is. What to
+# do: do not take one fit's word on input 9. Keep it, drop one of the two copies by hand, or find rows in which the two
+# differ.
 #
 # (R-hat across seeds needs groups that keep their meaning from fit to fit: inputs do. Hidden units have no order that
 # two fits would share, and their R-hat says nothing.)
