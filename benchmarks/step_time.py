@@ -63,7 +63,8 @@ def main() -> None:
             rows += measure(name, arguments.batch, rounds, threads)
     notes = (
         f"Step / plain PyTorch step, batch {arguments.batch}, median of the ratios of {arguments.rounds} interleaved "
-        "rounds (ResNet-20: a quarter of them), quartiles in brackets; CPU time with one thread, wall clock with more."
+        "rounds (ResNet-20: a quarter of them, at least 4), quartiles in brackets; CPU time with one thread, wall "
+        "clock with more."
     )
     options = f"--rounds {arguments.rounds} --batch {arguments.batch} --networks {' '.join(arguments.networks)}"
     options += f" --threads {' '.join(map(str, arguments.threads))}"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
+import pyrobc
 from pyrobc.checkpoint import read_checkpoint, write_atomically, write_checkpoint
 from pyrobc.errors import CheckpointError, OutputError
 from pyrobc.fit import fit
@@ -166,7 +167,8 @@ def test_sigkill_between_epochs_loses_nothing(tmp_path: Path, monkeypatch: pytes
     def arguments(mode: str, name: str) -> list[str]:
         return [str(script), mode, str(tmp_path / f"{name}.pt"), str(tmp_path / f"{name}.guide")]
 
-    killed = subprocess.run([sys.executable, *arguments("die", "killed")], timeout=120, check=False)
+    here = os.environ | {"PYTHONPATH": str(Path(pyrobc.__file__).parents[1])}  # this code, not what is installed
+    killed = subprocess.run([sys.executable, *arguments("die", "killed")], timeout=120, check=False, env=here)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "killed.pt").exists() and not (tmp_path / "killed.guide").exists()
     (tmp_path / ".killed.pt.half").write_bytes(b"half a checkpoint, as a kill while writing would leave")
