@@ -11,7 +11,7 @@ a group must also be negligible, and the budget may not be met.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from pyrobc.errors import BudgetError, ConfigError
-from pyrobc.groups import GroupSpec
+from pyrobc.groups import GroupSpec, Kept
 from pyrobc.outcomes import Outcomes, list_kept
 from pyrobc.rules.odds import explain_undefined, name_odds
 from pyrobc.rules.rule import NestedEvidence, Odds, Rule, Verdict
@@ -93,16 +93,16 @@ def meet_budget(score: Score, log_odds: Odds, outcomes: Outcomes, limits: Mappin
     Raises:
         BudgetError: they cannot be met.
     """
-    added = 0
-    for odds, name, i in rank_groups(log_odds):
-        if not _find_excess(score.spec, outcomes, limits):
+    limit_words = _name_limits(limits)
+    ranked = [group for group in rank_groups(log_odds) if outcomes[group[1]][group[2]][0] != "prune"]
+    first, added = _count_safe(score.spec, outcomes, ranked, limits), 0
+    for number, (odds, name, i) in enumerate(ranked):
+        is_checked = number >= first  # before that the limits do not hold yet, and no layer loses its last group
+        if is_checked and not _find_excess(score.spec, outcomes, limits):
             break
         before = outcomes[name][i]
-        if before[0] == "prune":
-            continue
-        why = f"to meet the budget of {_name_limits(limits)} ({name_odds(score)} {odds:.3g})"
-        outcomes[name][i] = ("prune", why)
-        if score.spec.emptied(list_kept(outcomes)):
+        outcomes[name][i] = ("prune", f"to meet the budget of {limit_words} ({name_odds(score)} {odds:.3g})")
+        if is_checked and score.spec.emptied(list_kept(outcomes)):
             outcomes[name][i] = before
         else:
             added += 1
@@ -116,9 +116,32 @@ def meet_budget(score: Score, log_odds: Odds, outcomes: Outcomes, limits: Mappin
     return added
 
 
+def _count_safe(
+    spec: GroupSpec, outcomes: Outcomes, ranked: Sequence[tuple[float, str, int]], limits: Mapping[str, int]
+) -> int:
+    """How many leave in any case: removals before the first that meets the limits or empties a layer, by bisection."""
+    stays = {name: np.array([row[0] != "prune" for row in rows]) for name, rows in outcomes.items()}
+    low, high = 0, len(ranked)
+    while low < high:
+        middle = (low + high) // 2
+        left = {name: mask.copy() for name, mask in stays.items()}
+        for _, name, i in ranked[:middle]:
+            left[name][i] = False
+        kept = {name: np.flatnonzero(mask) for name, mask in left.items()}
+        if spec.emptied(kept) or not _compare(spec, kept, limits):
+            high = middle
+        else:
+            low = middle + 1
+    return max(0, low - 1)
+
+
 def _find_excess(spec: GroupSpec, outcomes: Outcomes, limits: Mapping[str, int]) -> dict[str, int]:
     """What is over its limit, and what it costs now."""
-    kept = list_kept(outcomes)
+    return _compare(spec, list_kept(outcomes), limits)
+
+
+def _compare(spec: GroupSpec, kept: Kept, limits: Mapping[str, int]) -> dict[str, int]:
+    """What is over its limit, and what it costs now."""
     costs = dict(zip(("parameters", "macs"), spec.forecast(kept), strict=True))
     if "bytes" in limits:
         costs["bytes"] = _FLOAT_BYTES * sum(map(prod, spec.restricted(kept).tensors.values()))

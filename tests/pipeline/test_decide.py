@@ -4,9 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from pyrobc.decide import decide
+from pyrobc.dependency import trace_groups
 from pyrobc.errors import BudgetError, ConfigError, PlanError
+from pyrobc.groups import GroupSpec
 from pyrobc.rules import PosteriorOdds
 
 KEEP = {"input": np.full(6, -5.0), "0": np.full(10, -5.0), "2": np.full(5, -5.0)}
@@ -117,6 +121,18 @@ def test_budget_is_met_in_the_order_of_the_odds(mlp_spec, by_hand):
     gone = [i for i in range(10) if i not in plan.kept()["0"]]
     assert gone == list(range(10 - len(gone), 10)) and plan.kept()["2"] == [0, 1, 2, 3, 4]
     assert f"{len(gone)} groups were pruned only to meet the budget" in plan.notes
+
+
+def test_budget_asks_for_few_forecasts_however_many_groups_leave(by_hand, monkeypatch):
+    net = nn.Sequential(nn.Linear(6, 400), nn.ReLU(), nn.Linear(400, 2))
+    spec = trace_groups(net, torch.randn(2, 6), prune_inputs=False)
+    values = {b.name: [float(-i) for i in range(b.size)] for b in spec.blocks}
+    calls = []
+    forecast = GroupSpec.forecast
+    monkeypatch.setattr(GroupSpec, "forecast", lambda self, kept: calls.append(1) or forecast(self, kept))
+    plan = decide(by_hand(spec, values), budget=500)
+    assert 500 - 9 < plan.parameters[1] <= 500  # the smallest step is one unit: 6 inputs, a bias, 2 outputs
+    assert len(calls) < 40
 
 
 def test_impossible_budget_says_what_is_possible(mlp_spec, by_hand):
