@@ -48,6 +48,8 @@ def write_report(runs: Path, rules: Mapping[str, Mapping[str, Any]], results: Pa
     for place in networks:
         here = [r for r in records if (r["dataset"], r["network"]) == place]
         lines += ["", f"## {place[1]} on {'MNIST' if place[0] == 'mnist' else 'CIFAR-10 (JPEG)'}", ""]
+        lengths = " and ".join(map(str, sorted({r["epochs"] for r in here})))
+        lines += [f"Fits of {lengths} epochs, seeds {sorted({r['seed'] for r in here})}.", ""]
         lines += describe_target(place, here) + tabulate(place, here, list(rules)) + describe_speed(here)
     write_text(
         results / "bmrs_tables.md", "\n".join(lines + ["", "![Curves](bmrs_tables.png)"] + print_run(head)) + "\n"
