@@ -86,8 +86,8 @@ def main(threads: int) -> None:
     load = os.getloadavg()[1]
     notes = (
         "Seconds of one call by the clock, each case in a process of its own; the full network is among the networks.  "
-        f"Other work on the machine meanwhile: a load of {load:.1f} on {os.cpu_count()} processors, so that the "
-        "processor's own seconds say what an idle machine takes on one thread."
+        f"Load of the machine meanwhile, this one's own {threads} threads included: {load:.1f} on {os.cpu_count()} "
+        "processors; seconds of the processor are summed over threads."
     )
     write_result("evidence_cost", rows, seeds=[0], notes=notes, options=f"--threads {threads}")
 
