@@ -12,7 +12,7 @@ from pyrobc.batches import seeded
 from pyrobc.bmr.pareto import khat_limit
 from pyrobc.compare import measure_error
 from pyrobc.compress import compress
-from pyrobc.coverage import measure_coverage
+from pyrobc.coverage import draw_log_ratios, ratio_khat
 from pyrobc.demo import DEMO_SETTINGS, Digits, build_network, load_digits, train_dense
 from pyrobc.family import make_family
 from pyrobc.fit import anneal, fit
@@ -31,11 +31,12 @@ DRAWS = 200  # of the posterior, for k-hat
 def measure_change(seed: int, family: str, epochs: int, readapt: int, sets: list[int]) -> dict[str, Any]:
     r"""Sets of groups drawn at random, 1 to 64 of them: predicted and realised change of the ELBO.
 
-    Predicted is the sum of the groups' ΔF, which factorise under a mean-field guide.  Realised is the ELBO of the
-    network without them, less that of the whole network, both fitted on for as long.  A point has a density and no
-    entropy, so that its log prior counts from its peak: removing a weight at zero then changes nothing, as removing
-    one whose guide is its prior does.  k-hat: does the reduced posterior cover that of the reduced model
-    (``pyrobc.coverage``)?
+    Two predictions, both before anything re-adapts: the sum of the groups' ΔF, which factorise under a mean-field
+    guide, and the change of the ELBO from draws, in which groups meet in the likelihood and removed ones cost no
+    divergence (``pyrobc.coverage``).  Realised is the ELBO of the network without them, less that of the whole network,
+    both fitted on for as long.  A point has a density and no entropy, so that its log prior counts from its peak:
+    removing a weight at zero then changes nothing, as removing one whose guide is its prior does.  k-hat: does the
+    reduced posterior cover that of the reduced model?
     """
     digits, settings = load_digits(), DEMO_SETTINGS[family]
     warmup = min(settings["warmup_epochs"], epochs // 3)
@@ -51,7 +52,9 @@ def measure_change(seed: int, family: str, epochs: int, readapt: int, sets: list
     price, odds = (np.concatenate([part[b.name] for b in blocks]) for part in (scored.delta_f, scored.log_odds()))
     edges = np.cumsum([0, *(b.size for b in blocks)])
     whole = _estimate_elbo(_continue(posterior.copy(), digits, seed, readapt), digits)
-    found: dict[str, list[float]] = {key: [] for key in ("size", "wanted", "predicted", "realised", "khat")}
+    full = draw_log_ratios(posterior, *digits.train, scored.spec.everything(), num_draws=DRAWS)
+    keys = ("size", "wanted", "delta_f", "elbo_gain", "elbo_gain_se", "realised", "khat")
+    found: dict[str, list[float]] = {key: [] for key in keys}
     for which in sets:
         generator = np.random.default_rng(1_000 * seed + which)
         chosen = generator.choice(len(price), 2 ** int(generator.integers(0, 7)), replace=False)
@@ -59,12 +62,12 @@ def measure_change(seed: int, family: str, epochs: int, readapt: int, sets: list
             b.name: np.setdiff1d(np.arange(b.size), chosen - edge) for b, edge in zip(blocks, edges, strict=False)
         }
         after = _estimate_elbo(_continue(posterior.restricted(kept), digits, seed, readapt), digits)
-        khat = measure_coverage(posterior, *digits.train, kept, num_draws=DRAWS)
-        values = (len(chosen), int((odds[chosen] > 0).sum()), float(price[chosen].sum()), after - whole, khat)
-        for column, value in zip(found.values(), values, strict=True):
-            column.append(value)
-    cover = measure_coverage(posterior, *digits.train, scored.spec.everything(), num_draws=DRAWS)
-    return found | {"posterior_khat": cover, "good_k": khat_limit(DRAWS)}
+        ratios = draw_log_ratios(posterior, *digits.train, kept, num_draws=DRAWS)
+        gain, error = (ratios - full).mean(), (ratios - full).std(ddof=1) / np.sqrt(DRAWS)
+        values = (len(chosen), (odds[chosen] > 0).sum(), price[chosen].sum(), gain, error, after - whole)
+        for column, value in zip(found.values(), (*values, ratio_khat(ratios)), strict=True):
+            column.append(float(value))
+    return found | {"posterior_khat": ratio_khat(full), "good_k": khat_limit(DRAWS)}
 
 
 def _continue(posterior: Posterior, digits: Digits, seed: int, epochs: int) -> Posterior:
@@ -81,7 +84,7 @@ def _estimate_elbo(posterior: Posterior, digits: Digits, draws: int = 64) -> flo
     loss = fast_loss(posterior.model, posterior.guide, posterior.num_data)
     priors = posterior.model.priors()
     peaks = sum(
-        float(priors[site].log_prob(priors[site].mean).double().sum())
+        float(priors[site].log_prob(priors[site].mode).double().sum())
         for site, law in posterior.laws().items()
         if isinstance(law, Delta)
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pyrobc.coverage import ratio_khat
 from pyrobc.decision_rows import DecisionRows, estimate_total
 from pyrobc.groups import GroupSpec, Ints
 
@@ -33,6 +34,9 @@ class Candidate:
         subsampling_se: its standard error from having looked at a sample of them; zero where all were.
         cover_khat: k-hat of its reduced posterior against the posterior of the reduced model (``coverage``); NaN on
             held-out rows.
+        elbo_gain: ELBO of its reduced posterior minus that of the full network, nats over all rows of the data; NaN on
+            held-out rows.
+        elbo_gain_se: its Monte Carlo standard error, from paired draws.
     """
 
     num_removed: int
@@ -46,6 +50,8 @@ class Candidate:
     elpd_all: float
     subsampling_se: float
     cover_khat: float
+    elbo_gain: float
+    elbo_gain_se: float
 
 
 def choose_sizes(log_odds: Floats, count: int) -> list[int]:
@@ -76,9 +82,12 @@ def compare_candidate(
     full: Floats,
     good_k: float,
     rows: DecisionRows,
-    cover_khat: float,
+    ratios: tuple[Floats, Floats] | None,
 ) -> Candidate:
-    """Densities and k-hats of every row, summed up and compared with those of the full network."""
+    """Densities and k-hats of every row, summed up and compared with those of the full network.
+
+    ``ratios`` are ln r at draws of the reduced posterior and at those of the full one.
+    """
     elpd_i, khat = fit
     numbers: Mapping[str, float] = dict.fromkeys(("se", "diff_se", "subsampling_se"), np.nan) | dict.fromkeys(
         ("elpd", "diff", "elpd_all"), -np.inf
@@ -94,12 +103,19 @@ def compare_candidate(
             "elpd_all": total,
             "subsampling_se": error,
         }
+    cover, gain, error = np.nan, np.nan, np.nan
+    if ratios is not None:
+        cover, change = ratio_khat(ratios[0]), ratios[0] - ratios[1]
+        gain = float(change.mean())
+        error = float(change.std(ddof=1) / np.sqrt(len(change))) if np.isfinite(gain) else np.nan
     parameters, macs = costs
     return Candidate(
         num_removed=removed,
         khat_bad=float((khat > good_k).mean()),
         parameters=parameters,
         macs=macs,
-        cover_khat=cover_khat,
+        cover_khat=cover,
+        elbo_gain=gain,
+        elbo_gain_se=error,
         **numbers,
     )

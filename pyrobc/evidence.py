@@ -7,7 +7,9 @@ predictive density is PSIS leave-one-out.  Draws come from a variational q, so t
 correction is worse than none, and q is taken as the posterior, which is said.  On *held-out* rows no leave-one-out is
 needed: :math:`\mathrm{elpd}_i = \ln\frac1S\sum_s p(y_i|\theta_s)`.
 
-The k-hat of each candidate is that of its reduced posterior against the posterior of its reduced model (``coverage``).
+The k-hat of each candidate is that of its reduced posterior against the posterior of its reduced model, its ELBO gain
+what the reduction does to the ELBO before anything re-adapts (``coverage``); re-adapted candidates have that of their
+own fit.
 Each group's change of prior has a k-hat of its own, that of the weights :math:`\tilde p(z_s)/p(z_s)` at draws of its
 multiplier: whether importance sampling would have found the score, infinite where no draw reaches the ROPE.  A closed
 form does not need that: it says how far the reduction moves the posterior, not whether ΔF is right.
@@ -157,7 +159,7 @@ def evidence(
     full_log_lik, predicted = _predict_full(fits, chains, rows, seed, progress)
     method, khat, good_k = "mean over draws on held-out rows", float("nan"), float("nan")
     densities: dict[int, tuple[Floats, Floats]] = {}
-    covers: dict[int, float] = {}
+    ratios: dict[int, Floats] = {}
     is_corrected = False
     for removed in choose_sizes(log_odds, num_candidates):
         kept = keep_all_but(spec, order[:removed])
@@ -171,9 +173,9 @@ def evidence(
             densities[removed] = elpd_i, np.zeros(len(elpd_i))
         else:
             ratio = log_ratio(judged, draws, left) + posterior.num_data / len(rows.targets) * log_lik.sum(1)
-            covers[removed] = ratio_khat(ratio)
+            ratios[removed] = ratio
             if removed == 0:
-                khat, good_k = covers[0], khat_limit(num_draws)
+                khat, good_k = ratio_khat(ratio), khat_limit(num_draws)
                 is_corrected = khat <= good_k
                 method = "PSIS-LOO, corrected for q" if is_corrected else "PSIS-LOO, q taken as the posterior"
             use = is_corrected and bool(np.isfinite(ratio).any())
@@ -183,10 +185,11 @@ def evidence(
     full = densities[0][0]
     candidates = tuple(
         compare_candidate(
-            spec.forecast(keep_all_but(spec, order[:n])), n, found, full, good_k, rows, covers.get(n, np.nan)
+            spec.forecast(keep_all_but(spec, order[:n])), n, found, full, good_k, rows,
+            (ratios[n], ratios[0]) if n in ratios else None,
         )
         for n, found in densities.items()
-    )
+    )  # fmt: skip
     multipliers = np.stack([_read_multipliers(one, draws) for one, draws in zip(fits, chains, strict=True)])
     scales = posterior.presence()
     with seeded(seed):

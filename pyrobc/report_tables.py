@@ -135,7 +135,7 @@ def describe_evidence(plan: Plan, evidence: Evidence | None) -> dict[str, Any]:
             "is_chosen": vars(c) == checked,
             "parameters": f"{c.parameters:,}",
             "khat_bad": f"{c.khat_bad:.1%}",
-            **{name: say_number(getattr(c, name), "z.2f") for name in ("elpd", "se", "diff", "diff_se")},
+            **{name: say_number(getattr(c, name), "z.2f") for name in ("elpd", "se", "diff", "diff_se", "elbo_gain")},
         }
         for c in (evidence.candidates if evidence is not None else ())
     ]

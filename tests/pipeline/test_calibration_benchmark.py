@@ -46,9 +46,9 @@ def test_every_job_is_told_from_every_other(load) -> None:
     study, record = load("decision_calibration"), load("_record")
     jobs = list(study.list_jobs(list(study.MEASURES), 20, ["log_uniform", "group_horseshoe"], 1.0))
     names = {record.fingerprint({"part": job.part} | job.settings) for job in jobs}
-    assert len(names) == len(jobs) == 2 + 4 + 2 * (2 * 8 + 20 + 80)
+    assert len(names) == len(jobs) == 2 + 4 + 3 * 4 + 2 * (20 + 80)
     sets = [which for job in jobs if job.part == "change" for which in job.settings["sets"]]
-    assert sorted(sets) == sorted([*range(40)] * 4)
+    assert sorted(sets) == sorted([*range(40)] * 3), "the default family's are always among them"
 
 
 def test_the_table_counts_what_was_kept(load, tmp_path: Path) -> None:
@@ -73,17 +73,14 @@ def report_runs(folder: Path) -> list[dict]:
 
 
 def test_the_table_ranks_changes_and_leaves_bad_khats_out(load) -> None:
-    run = {"predicted": [1.0, -5.0, -50.0, -9.0, 3.0], "realised": [2.0, -1.0, -9.0, -3.0, -80.0]}
-    run |= {
-        "size": [1, 2, 4, 2, 1],
-        "wanted": [1, 1, 1, 1, 1],
-        "khat": [0.1, 0.2, 0.3, 0.4, 1.5],
-        "good_k": 0.57,
-        "posterior_khat": 0.4,
-    }
+    run = {"elbo_gain": [1.0, -5.0, -50.0, -9.0, 3.0], "realised": [2.0, -1.0, -9.0, -3.0, -80.0]}
+    run |= {"delta_f": [0.0, -6.0, -40.0, -50.0, -60.0], "elbo_gain_se": [1.0] * 5}
+    run |= {"size": [1, 2, 4, 2, 1], "wanted": [1, 1, 1, 1, 1]}
+    run |= {"khat": [0.1, 0.2, 0.3, 0.4, 1.5], "good_k": 0.57, "posterior_khat": 0.4}
     rows = load("_calibration_report")._report_change("log_uniform", [run])
     assert rows[0]["value"] == pytest.approx(0.0) and rows[0]["met"] == "MISSED"
-    assert rows[1]["value"] == 4
-    assert rows[3]["value"] == pytest.approx(1.0) and rows[3]["met"] == "yes"
-    assert "of the 3 sets with" in rows[4]["what"] and rows[4]["value"] == pytest.approx(1.0)
-    assert rows[5]["value"] == 3.0 and "realised -80 to 2 nats" in rows[5]["what"]
+    assert "of the 3 sets with" in rows[1]["what"] and rows[1]["value"] == pytest.approx(1.0)
+    assert rows[2]["value"] == pytest.approx(1.0) and rows[2]["met"] == "yes" and "bad k-hat" in rows[2]["what"]
+    assert rows[3]["value"] == pytest.approx(0.9) and rows[3]["met"] == "yes" and "ΔF" in rows[3]["what"]
+    assert rows[6]["value"] == 4 and "covers" in rows[6]["what"]
+    assert rows[8]["value"] == 1 and "below that before" in rows[8]["what"]

@@ -278,8 +278,8 @@ def test_reduced_network_that_holds_a_row_impossible_never_passes(compressed):
     elpd_i, khat = leave_one_out(log_lik, np.zeros(60))
     assert elpd_i[1] == -np.inf and khat[1] == np.inf and np.isfinite(np.delete(elpd_i, 1)).all()
     rows = DecisionRows(None, torch.zeros(5), np.arange(5), None)
-    made = compare_candidate((10, 20), 3, (elpd_i, khat), np.zeros(5), 0.7, rows, 0.1)
-    assert made.elpd == made.diff == -np.inf and np.isnan(made.se)
+    made = compare_candidate((10, 20), 3, (elpd_i, khat), np.zeros(5), 0.7, rows, (np.full(60, -np.inf), np.zeros(60)))
+    assert made.elpd == made.diff == made.elbo_gain == -np.inf and np.isnan([made.se, made.elbo_gain_se]).all()
     whole = dataclasses.replace(compressed.evidence, candidates=(compressed.evidence.candidates[0], made))
     assert decide(compressed.score, whole).kept() == {"input": [*range(6)], "0": [*range(10)], "2": [*range(5)]}
 
