@@ -33,7 +33,7 @@ def measure_change(seed: int, family: str, epochs: int, readapt: int, sets: list
 
     Two predictions, both before anything re-adapts: the sum of the groups' ΔF, which factorise under a mean-field
     guide, and the change of the ELBO from draws, in which groups meet in the likelihood and removed ones cost no
-    divergence (``pyrobc.coverage``).  Realised is the ELBO of the network without them, less that of the whole network,
+    divergence (``pyrobc.coverage``).  A third re-adapts for a twelfth of the epochs.  Realised is the ELBO of the network without them, less that of the whole network,
     both fitted on for as long.  A point has a density and no entropy, so that its log prior counts from its peak:
     removing a weight at zero then changes nothing, as removing one whose guide is its prior does.  k-hat: does the
     reduced posterior cover that of the reduced model?
@@ -51,9 +51,10 @@ def measure_change(seed: int, family: str, epochs: int, readapt: int, sets: list
     blocks = scored.spec.blocks
     price, odds = (np.concatenate([part[b.name] for b in blocks]) for part in (scored.delta_f, scored.log_odds()))
     edges = np.cumsum([0, *(b.size for b in blocks)])
-    whole = _estimate_elbo(_continue(posterior.copy(), digits, seed, readapt), digits)
+    lengths = (readapt, max(1, readapt // 12))
+    whole = [_estimate_elbo(_continue(posterior.copy(), digits, seed, length), digits) for length in lengths]
     full = draw_log_ratios(posterior, *digits.train, scored.spec.everything(), num_draws=DRAWS)
-    keys = ("size", "wanted", "delta_f", "elbo_gain", "elbo_gain_se", "realised", "khat")
+    keys = ("size", "wanted", "delta_f", "elbo_gain", "elbo_gain_se", "realised", "early", "khat")
     found: dict[str, list[float]] = {key: [] for key in keys}
     for which in sets:
         generator = np.random.default_rng(1_000 * seed + which)
@@ -61,10 +62,11 @@ def measure_change(seed: int, family: str, epochs: int, readapt: int, sets: list
         kept: dict[str, Ints] = {
             b.name: np.setdiff1d(np.arange(b.size), chosen - edge) for b, edge in zip(blocks, edges, strict=False)
         }
-        after = _estimate_elbo(_continue(posterior.restricted(kept), digits, seed, readapt), digits)
+        after = [_estimate_elbo(_continue(posterior.restricted(kept), digits, seed, n), digits) for n in lengths]
+        realised, early = (a - b for a, b in zip(after, whole, strict=True))
         ratios = draw_log_ratios(posterior, *digits.train, kept, num_draws=DRAWS)
         gain, error = (ratios - full).mean(), (ratios - full).std(ddof=1) / np.sqrt(DRAWS)
-        values = (len(chosen), (odds[chosen] > 0).sum(), price[chosen].sum(), gain, error, after - whole)
+        values = (len(chosen), (odds[chosen] > 0).sum(), price[chosen].sum(), gain, error, realised, early)
         for column, value in zip(found.values(), (*values, ratio_khat(ratios)), strict=True):
             column.append(float(value))
     return found | {"posterior_khat": ratio_khat(full), "good_k": khat_limit(DRAWS)}

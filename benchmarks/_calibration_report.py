@@ -119,13 +119,18 @@ def _report_change(name: str, runs: list[Row]) -> list[Row]:
     Sets that odds would remove whole have a ΔF of about zero, whose order is noise: what counts is that the realised
     changes are as the divergence they spare.
     """
-    keys = ("delta_f", "elbo_gain", "realised", "khat", "size", "wanted")
-    delta_f, gain, realised, khat, size, wanted = (np.concatenate([run[key] for run in runs]) for key in keys)
+    keys = ("delta_f", "elbo_gain", "early", "realised", "khat", "size", "wanted")
+    delta_f, gain, early, realised, khat, size, wanted = (np.concatenate([run[key] for run in runs]) for key in keys)
     limit = runs[0]["good_k"]
     is_good, is_needed = khat <= limit, wanted < size
     label = f"digits, {name}, {len(gain)} sets"
     rows = []
-    for what, predicted in (("ELBO of the reduced posterior, from draws", gain), ("sum of the groups' ΔF", delta_f)):
+    predictions = {
+        "the sum of the groups' ΔF": delta_f,
+        "the ELBO of the reduced posterior, from draws": gain,
+        "the ELBO after a twelfth of the epochs": early,
+    }
+    for what, predicted in predictions.items():
         value = spearmanr(predicted, realised)[0]
         text = f"{label}: Spearman of predicted and realised change of the ELBO; predicted by {what}"
         rows.append(_row(text, value, "", ">= 0.8", value >= 0.8))

@@ -74,13 +74,18 @@ def report_runs(folder: Path) -> list[dict]:
 
 def test_the_table_ranks_changes_and_leaves_bad_khats_out(load) -> None:
     run = {"elbo_gain": [1.0, -5.0, -50.0, -9.0, 3.0], "realised": [2.0, -1.0, -9.0, -3.0, -80.0]}
-    run |= {"delta_f": [0.0, -6.0, -40.0, -50.0, -60.0], "elbo_gain_se": [1.0] * 5}
+    run |= {
+        "early": [2.0, -2.0, -8.0, -3.0, -70.0],
+        "delta_f": [0.0, -6.0, -40.0, -50.0, -60.0],
+        "elbo_gain_se": [1.0] * 5,
+    }
     run |= {"size": [1, 2, 4, 2, 1], "wanted": [1, 1, 1, 1, 1]}
     run |= {"khat": [0.1, 0.2, 0.3, 0.4, 1.5], "good_k": 0.57, "posterior_khat": 0.4}
     rows = load("_calibration_report")._report_change("log_uniform", [run])
-    assert rows[0]["value"] == pytest.approx(0.0) and rows[0]["met"] == "MISSED"
-    assert "of the 3 sets with" in rows[1]["what"] and rows[1]["value"] == pytest.approx(1.0)
-    assert rows[2]["value"] == pytest.approx(1.0) and rows[2]["met"] == "yes" and "bad k-hat" in rows[2]["what"]
-    assert rows[3]["value"] == pytest.approx(0.9) and rows[3]["met"] == "yes" and "ΔF" in rows[3]["what"]
-    assert rows[6]["value"] == 4 and "covers" in rows[6]["what"]
-    assert rows[8]["value"] == 1 and "below that before" in rows[8]["what"]
+    assert rows[0]["value"] == pytest.approx(0.9) and rows[0]["met"] == "yes" and "ΔF" in rows[0]["what"]
+    assert rows[3]["value"] == pytest.approx(0.0) and rows[3]["met"] == "MISSED"
+    assert "of the 3 sets with" in rows[4]["what"] and rows[4]["value"] == pytest.approx(1.0)
+    assert rows[5]["value"] == pytest.approx(1.0) and rows[5]["met"] == "yes" and "bad k-hat" in rows[5]["what"]
+    assert rows[6]["value"] == pytest.approx(1.0) and "twelfth" in rows[6]["what"]
+    assert rows[9]["value"] == 4 and "covers" in rows[9]["what"]
+    assert rows[11]["value"] == 1 and "below that before" in rows[11]["what"]
