@@ -31,12 +31,12 @@ DRAWS = 200  # of the posterior, for k-hat
 def measure_change(seed: int, family: str, epochs: int, readapt: int, sets: list[int]) -> dict[str, Any]:
     r"""Sets of groups drawn at random, 1 to 64 of them: predicted and realised change of the ELBO.
 
-    Two predictions, both before anything re-adapts: the sum of the groups' ΔF, which factorise under a mean-field
-    guide, and the change of the ELBO from draws, in which groups meet in the likelihood and removed ones cost no
-    divergence (``pyrobc.coverage``).  A third re-adapts for a twelfth of the epochs.  Realised is the ELBO of the network without them, less that of the whole network,
-    both fitted on for as long.  A point has a density and no entropy, so that its log prior counts from its peak:
-    removing a weight at zero then changes nothing, as removing one whose guide is its prior does.  k-hat: does the
-    reduced posterior cover that of the reduced model?
+    Two predictions before anything re-adapts: the sum of the groups' ΔF, which factorise under a mean-field guide, and
+    the change of the ELBO from draws, in which groups meet in the likelihood and removed ones cost no divergence
+    (``pyrobc.coverage``).  A third re-adapts for a twelfth of the epochs.  Realised is the ELBO of the network without
+    them, less that of the whole network, both fitted on for as long.  A point has a density and no entropy, so that its
+    log prior counts from its peak: removing a weight at zero then changes nothing, as removing one whose guide is its
+    prior does.  k-hat: does the reduced posterior cover that of the reduced model?
     """
     digits, settings = load_digits(), DEMO_SETTINGS[family]
     warmup = min(settings["warmup_epochs"], epochs // 3)
