@@ -47,6 +47,8 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
         ("group_horseshoe", 160, 80, {"scale_lr": 3.0}),
         ("group_normal_jeffreys", 160, 80, {}),
         ("group_normal_jeffreys", 240, 80, {"scale_lr": 3.0}),
+        ("group_normal_jeffreys", 240, 80, {}),
+        ("group_normal_jeffreys", 240, 160, {"scale_lr": 3.0}),
     )
 ]
 
