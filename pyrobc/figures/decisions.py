@@ -88,9 +88,10 @@ def _draw_kept(ax: Any, x: Any, kept: Mapping[str, Sequence[int]], chosen: float
         for (name, counts), colour in zip(kept.items(), _LINES, strict=False):
             ax.plot(x, counts, color=colour, lw=1.4, label=name)
         ax.plot(x, total, color=INK, lw=0.8, label="all")
-        ax.legend(loc="best", fontsize=8)
+        ax.legend(loc="upper center", fontsize=8, ncols=4, columnspacing=1.2)
     else:
         ax.plot(x, total, color=COLOURS["keep"], lw=1.4)
     ax.axvline(chosen, color=INK, lw=0.7, ls=":")
-    ax.set_ylim(0, 1.08 * max(total.max(), 1))
+    rows = (len(kept) + 4) // 4 if len(kept) <= _MOST_LINES else 0  # of the legend, above all lines
+    ax.set_ylim(0, (1.08 + 0.12 * rows) * max(total.max(), 1))
     return int(total.min()), int(total.max())
