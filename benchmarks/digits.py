@@ -40,15 +40,15 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
         | {"family_args": {"num_draws": 8} | settings},
     )
     for family, epochs, warmup, settings in (
+        ("group_normal_jeffreys", 160, 80, {}),
+        ("group_normal_jeffreys", 240, 80, {"scale_lr": 3.0}),
+        ("group_normal_jeffreys", 240, 80, {}),
+        ("group_normal_jeffreys", 240, 160, {"scale_lr": 3.0}),
         ("log_uniform", 240, 0, {"gate_lr": 5.0}),
         ("log_uniform", 200, 0, {"gate_lr": 10.0}),
         ("group_horseshoe", 160, 0, {}),
         ("group_horseshoe", 160, 80, {}),
         ("group_horseshoe", 160, 80, {"scale_lr": 3.0}),
-        ("group_normal_jeffreys", 160, 80, {}),
-        ("group_normal_jeffreys", 240, 80, {"scale_lr": 3.0}),
-        ("group_normal_jeffreys", 240, 80, {}),
-        ("group_normal_jeffreys", 240, 160, {"scale_lr": 3.0}),
     )
 ]
 
