@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except PyrobcError as error:
-        print(f"pyrobc: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # torchrun's
+        who = "pyrobc" if rank == "0" else f"pyrobc, process {rank}"
+        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         can_resume = bool({"demo", "compress"} & set(arguments[:1]))
@@ -114,6 +116,7 @@ def _run_demo(options: Namespace, command: list[str]) -> int:
     folder = Path(options.output)
     _check_writable(folder)
     from pyrobc import demo
+    from pyrobc.distributed import joined
 
     family = options.family or demo.DEFAULT_FAMILY
     if family not in demo.DEMO_SETTINGS:
@@ -121,8 +124,10 @@ def _run_demo(options: Namespace, command: list[str]) -> int:
         raise ConfigError(
             "family of the demo", got=repr(family), allowed=", ".join(choices), fix=suggest(family, choices)
         )
-    result = demo.run_demo(folder, seed=options.seed, family=family, progress=sys.stderr.isatty())
-    _finish(result, folder, command)
+    with joined() as team:
+        result = demo.run_demo(folder, seed=options.seed, family=family, progress=sys.stderr.isatty())
+        if team.is_first:
+            _finish(result, folder, command)
     return 0
 
 
@@ -137,11 +142,14 @@ def _run_compress(options: Namespace, command: list[str]) -> int:
 
     from pyrobc.checkpoint import write_text
     from pyrobc.compress import compress
+    from pyrobc.distributed import joined
 
     settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    result = compress(**arguments, progress=sys.stderr.isatty())
-    write_text(folder / "run.yaml", settings)
-    _finish(result, folder, command)
+    with joined(config.device) as team:
+        result = compress(**arguments, progress=sys.stderr.isatty())
+        if team.is_first:
+            write_text(folder / "run.yaml", settings)
+            _finish(result, folder, command)
     return 0
 
 

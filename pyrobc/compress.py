@@ -1,4 +1,8 @@
-"""The façade: lift, fit, score, check, decide, cut, re-adapt, and measure, in one call."""
+"""The façade: lift, fit, score, check, decide, cut, re-adapt, and measure, in one call.
+
+Of several processes (``pyrobc.distributed``) each does all of it on its share of every batch; plans are those of the
+first, which alone measures at the end.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from pyrobc.decide import decide
 from pyrobc.decision_settings import check_decision
 from pyrobc.dependency import first_tensor
 from pyrobc.diagnose import Diagnosis, diagnose
+from pyrobc.distributed import find_team
 from pyrobc.errors import check_kind
 from pyrobc.evidence import Evidence, evidence
 from pyrobc.family import Family, make_family
@@ -122,7 +127,7 @@ def compress(
         readapt_epochs: epochs after each cut; a quarter of ``epochs`` if None, 0 for none.
         rounds: cuts at most, each on the re-adapted network; it stops early when nothing more leaves.
         lr: learning rate of Adam, annealed to zero over each fit (cosine).
-        batch_size: for arrays.
+        batch_size: for arrays; of all processes together.
         seed: of all randomness.
         temperature: weight of the KL; 1 is the ELBO.
         warmup_epochs: epochs of growing KL weight.
@@ -162,7 +167,8 @@ def compress(
         rounds=rounds, prune_each_epoch=prune_each_epoch, keep_weights=keep_weights,
     )  # fmt: skip
     check_thinning(chosen, keep_weights, coarseness, readapt_epochs)
-    law = make_likelihood(likelihood)
+    law, team = make_likelihood(likelihood), find_team()
+    progress = progress and team.is_first
     loader = as_loader(data, batch_size=batch_size)
     count_rows(loader)
     anchor = next(iter(net.parameters()))
@@ -206,6 +212,7 @@ def compress(
             progress=progress,
         )
         step = decide(scored, checked, by, prior_odds=prior_odds, max_worse=max_worse, budget=budget, round_to=round_to)
+        step = team.agree(step)
         if not steps:
             sensitivity = measure_sensitivity(posterior, scored, checked, by or PosteriorOdds(prior_odds), seed=seed)
         steps.append((scored, checked))
@@ -233,11 +240,11 @@ def compress(
             folder=None if output is None else Path(output) / "checkpoints" / "weights", settings=settings,
         )  # fmt: skip
         history += posterior.history
-        plan = record_thinning(cast(Plan, plan), model.spec, posterior, keep_weights, coarseness)
+        plan = team.agree(record_thinning(cast(Plan, plan), model.spec, posterior, keep_weights, coarseness))
         compact = posterior.to_module()
     result = Result(compact, cast(Plan, plan), posterior, *steps[0], history, example, dense=dense or net)
     result.sensitivity = sensitivity
-    if test is not None:
+    if test is not None and team.is_first:
         result.table = compare({"dense": result.dense, "compact": compact}, test, likelihood)
         result.table[0]["is_as_given"] = dense is None
         if law.name == "categorical" and first_tensor(first_inputs).is_floating_point():

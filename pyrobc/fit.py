@@ -1,7 +1,8 @@
 """Training: one loop for every family, with checkpoints that resume to the same bits.
 
 All randomness of an epoch comes from ``(seed, epoch)``, so resuming needs no saved random state and any loader that
-draws from torch, numpy or Python (or has a generator of its own) repeats itself.  Nothing global is left changed.
+draws from torch, numpy or Python (or has a generator of its own) repeats itself.  Nothing global is left changed.  Of
+several processes each takes its share of every batch (``pyrobc.distributed``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from pyrobc._version import __version__
 from pyrobc.batches import as_loader, check_batch, count_batches, count_rows, move, repeatable
 from pyrobc.checkpoint import read_checkpoint, write_checkpoint
+from pyrobc.distributed import Team, find_team
 from pyrobc.dists import interval_log_mass
 from pyrobc.errors import CheckpointError, FitError, check_kind
 from pyrobc.groups import Kept
@@ -103,7 +105,9 @@ def fit(
     check_kind(model, LiftedModel, "model", "what bc.lift returns", "pass bc.lift(net, family, likelihood, x[:1])")
     path, model = path or model.family.path, model.to(device=device, dtype=dtype)
     guide = (guide or model.new_guide()).to(model.anchor)
-    loader = as_loader(data, batch_size=batch_size)
+    team, loader = find_team(), as_loader(data, batch_size=batch_size)
+    team.check_loader(loader)
+    team.align_(model, guide)
     held_out = None if validation is None else as_loader(validation, batch_size=1024, shuffle=False)
     with repeatable(loader, seed):
         num_data = count_rows(loader)
@@ -134,11 +138,11 @@ def fit(
             batch = next(iter(loader))
         check_batch(batch[0], batch[1], model.example_inputs)
         identity["data"] = describe_batch(batch)
-    if target is not None and target.exists():
-        state = read_checkpoint(target, identity)
-        run.load(state)
+    found = None if target is None else team.ask_first(lambda: target.exists() and read_checkpoint(target, identity))
+    if found:
+        run.load(found)
         if load := getattr(prune, "load_state_dict", None):
-            load(state["prune"])
+            load(found["prune"])
         if run.epoch > epochs:
             raise CheckpointError(
                 f"checkpoint {target}",
@@ -148,21 +152,22 @@ def fit(
             )
     make_loss = path if callable(path) else _LOSSES[path]
     loss = make_loss(run.model, run.guide, num_data)
-    bar = tqdm(total=epochs, initial=run.epoch, desc=f"fit {model.family.name}", disable=not progress, unit="epoch")
+    bar = tqdm(total=epochs, initial=run.epoch, desc=f"fit {model.family.name}", unit="epoch",
+               disable=not (progress and team.is_first))  # fmt: skip
     with pyro.get_param_store().scope(), bar:
         while run.epoch < epochs and not _is_stale(run, patience):
             weight = temperature * min(1.0, (run.epoch + 1) / (warmup_epochs + 1))
-            numbers = _train_epoch(run, loss, loader, weight, clip_norm, seed, on_step, epochs)
+            numbers = _train_epoch(run, loss, loader, weight, clip_norm, seed, on_step, epochs, team)
             if held_out is not None:
                 with repeatable(held_out, seed, run.epoch):
-                    numbers["validation_loss"] = _validate(run, held_out)
+                    numbers["validation_loss"] = team.agree(_validate(run, held_out))
                 if weight == temperature:  # before the warm-up ends losses are not comparable
                     run.note_best(numbers["validation_loss"])
             _step_schedule(run.schedule, numbers)
             run.history.append(numbers)
-            if prune is not None and _cut_groups(run, prune, loader, num_data, seed):
+            if prune is not None and _cut_groups(run, prune, loader, num_data, seed, team):
                 loss = make_loss(run.model, run.guide, num_data)
-            if target is not None:
+            if target is not None and team.is_first:
                 save = getattr(prune, "state_dict", dict)
                 write_checkpoint(target, identity, run.state() | {"prune": save()})
             bar.update()
@@ -194,6 +199,7 @@ def _train_epoch(
     seed: int,
     on_step: Callable[[MeanFieldGuide, float], None] | None,
     epochs: int,
+    team: Team,
 ) -> dict[str, float]:
     model, is_first = run.model, not run.has_checked_data
     model.train()
@@ -207,10 +213,13 @@ def _train_epoch(
                 _check_targets(run, inputs, targets)
             if on_step is not None:
                 on_step(run.guide, (run.epoch + min(1.0, batches / length)) / epochs)
-            with pyro.validation_enabled(is_first and batches == 0):
-                value = loss(inputs, targets, temperature)
             run.optimizer.zero_grad(set_to_none=True)
-            value.backward()
+            value, own = targets.new_zeros((), dtype=model.anchor.dtype), team.share(inputs, targets)
+            if len(own[1]):
+                with pyro.validation_enabled(is_first and batches == 0), team.noise(seed, run.epoch, batches):
+                    value = loss(*own, temperature)
+                value.backward()
+            value = team.sum_(run.guide.parameters(), value, len(own[1]) / len(targets))
             if clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(run.guide.parameters(), clip_norm)
             total += _finite(value, run.epoch, batches)
@@ -219,7 +228,8 @@ def _train_epoch(
             batches += 1
     if batches == 0:
         count_rows([])
-    look = _look(run, inputs, targets)
+    team.average_norms_(model)
+    look = team.agree(_look(run, inputs, targets))
     is_finite = all(bool(torch.isfinite(p).all()) for p in run.guide.parameters())
     if not is_finite or not all(math.isfinite(number) for number in look.values()):
         raise _diverged("parameters that are not finite", run.epoch, batches)
@@ -236,9 +246,9 @@ def _measure(run: Training, loader: Any, num_data: int, seed: int, max_rows: int
     return posterior
 
 
-def _cut_groups(run: Training, prune: Prune, loader: Any, num_data: int, seed: int) -> bool:
+def _cut_groups(run: Training, prune: Prune, loader: Any, num_data: int, seed: int, team: Team) -> bool:
     """Cut what ``prune`` leaves out, and note the size of what is left; whether anything was cut."""
-    kept = prune(_measure(run, loader, num_data, seed, _PRUNING_ROWS))
+    kept = team.agree(prune(_measure(run, loader, num_data, seed, _PRUNING_ROWS)))
     is_smaller = kept is not None and any(len(kept[block.name]) < block.size for block in run.model.spec.blocks)
     if kept is not None and is_smaller:
         run.cut_(kept)

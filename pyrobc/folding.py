@@ -72,6 +72,12 @@ class FoldedFamily(UngatedFamily, is_registered=False):
     ) -> None:
         self.origin, self.prior_scales, self.law, self.held = origin, dict(prior_scales), law, held
 
+    def __repr__(self) -> str:
+        """Fitted scales to four digits: a checkpoint that was begun on another processor is told by them too."""
+        held = self.held if self.held is None else float(f"{self.held:.4g}")
+        scales = {name: float(f"{scale:.4g}") for name, scale in self.prior_scales.items()}
+        return f"{type(self).__name__}({self.origin!r}, {scales}, {self.law!r}, {held})"
+
     def prior(self, spec: GroupSpec, like: Tensor) -> dict[str, Distribution]:
         """One law for each tensor; the scales of normalisation layers are Normal around one."""
         laws: dict[str, Distribution] = {}

@@ -38,6 +38,7 @@ LAYERS = {
         "checkpoint",
         "dead_units",
         "density",
+        "distributed",
         "fit",
         "folding",
         "gridding",

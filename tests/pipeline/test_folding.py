@@ -14,7 +14,7 @@ from pyrobc.dists import SoftCapped
 from pyrobc.errors import FamilyError
 from pyrobc.family import make_family
 from pyrobc.fit import fit
-from pyrobc.folding import fold_scales, refit_prior
+from pyrobc.folding import FoldedFamily, fold_scales, refit_prior
 from pyrobc.lift import lift
 from pyrobc.meanfield import NormalFactor
 from pyrobc.models.mlp import build
@@ -232,3 +232,11 @@ def test_a_copy_can_be_fitted_without_changing_what_was_copied() -> None:
     after = (posterior.guide.state_dict(), posterior.model.state_dict())
     assert all(torch.equal(old[n], new[n]) for old, new in zip(before, after, strict=True) for n in old)
     assert posterior.model.family.prior_scales == scales != twin.model.family.prior_scales
+
+
+def test_a_fitted_scale_is_told_to_four_digits() -> None:
+    """Another processor fits the same scale to float precision, and its checkpoints are those of the same fit."""
+    origin = make_family("group_normal_jeffreys")
+    one, other, third = (FoldedFamily(origin, {"w": s}, held=s) for s in (0.12345671, 0.12345674, 0.1236))
+    assert repr(one) == repr(other) != repr(third)
+    assert "0.1235" in repr(one) and repr(origin) in repr(one)
