@@ -127,7 +127,7 @@ def fit(
         "schedule": describe_schedule(run.schedule),
         "temperature": [temperature, warmup_epochs],
         "clip_norm": clip_norm,
-        "path": str(path),
+        "path": getattr(path, "__qualname__", str(path)),
         "rows": [num_data, getattr(loader, "batch_size", None)],
         "deleted weights": guide.count_deleted() or None,
         "prune": getattr(prune, "__qualname__", None if prune is None else repr(prune)),
