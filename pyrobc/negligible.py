@@ -36,6 +36,7 @@ from torch.distributions import Distribution
 from pyrobc.dists import interval_log_mass
 from pyrobc.family import Effective, GroupScale
 from pyrobc.groups import Block, GroupSpec
+from pyrobc.selection import CHUNK
 
 __all__ = ["DEFAULT_EPSILON", "find_sizes", "negligible_thresholds"]
 
@@ -120,7 +121,11 @@ def find_sizes(scales: Mapping[str, GroupScale]) -> dict[str, Tensor]:
 
 
 def _column_power(weight: str, mean: Effective, input_rms: Mapping[str, Tensor]) -> Tensor:
-    power = mean.parameters[weight].detach().double().square().transpose(0, 1).flatten(1).sum(1)
+    found = mean.parameters[weight].detach()
+    rows = max(1, CHUNK * found.shape[0] // max(1, found.numel()))  # float64 for so many at a time
+    power = torch.zeros(found.shape[1], dtype=torch.float64, device=found.device)
+    for part in found.split(rows):
+        power += part.double().square().transpose(0, 1).flatten(1).sum(1)
     return power * input_rms[weight].double().square() if weight in input_rms else power
 
 

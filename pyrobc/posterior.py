@@ -70,10 +70,8 @@ class Posterior:
 
     def _ask(self, question: Callable[[Laws, Laws, GroupSpec], dict[str, _Answer]]) -> dict[str, _Answer]:
         with torch.no_grad():
-            guide = copy.deepcopy(self.guide).double().requires_grad_(False)
             priors = self.model.family.prior(self.model.spec, self.model.anchor.double())
-            own, _ = split_laws(self.model, guide.distributions())
-            return question(own, priors, self.model.spec)
+            return question(_PreciseLaws(self.model, self.guide), priors, self.model.spec)
 
     def thresholds(self, epsilon: float) -> dict[str, Tensor]:
         """Multiplier below which each group carries less than a share ``epsilon`` of what its readers receive."""
@@ -193,3 +191,20 @@ def _kept_mask(kept: Any, like: Tensor) -> Tensor:
     mask = torch.zeros_like(like)
     mask[torch.as_tensor(kept, device=like.device)] = 1
     return mask
+
+
+class _PreciseLaws(Mapping[str, Distribution]):
+    """Laws of the family's sites in float64, each made when it is asked for: weights are many, and seldom asked for."""
+
+    def __init__(self, model: LiftedModel, guide: MeanFieldGuide) -> None:
+        others = model.likelihood.priors(model.anchor)
+        self.factors = {site: factor for site, factor in guide.by_site().items() if site not in others}
+
+    def __getitem__(self, site: str) -> Distribution:
+        return copy.deepcopy(self.factors[site]).double().requires_grad_(False).distribution()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.factors)
+
+    def __len__(self) -> int:
+        return len(self.factors)

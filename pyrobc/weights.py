@@ -14,6 +14,8 @@ as the guide factorises.  Where the fit was tempered, :math:`-T\,\mathrm{ELBO}` 
 
 One round promises too much, because other weights have not re-adapted (Beckers et al. 2024): ``pyrobc.sparsify``
 removes some, fits again, and goes on.
+
+Scores are float64 and as many as weights; besides them memory holds a chunk.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrobc.bmr import learn_inclusion, reduce
+from pyrobc.bmr import learn_log_odds, reduce
 from pyrobc.errors import BudgetError, ReductionError, suggest
 from pyrobc.folding import FoldedFamily, check_folded
 from pyrobc.meanfield import NormalFactor
 from pyrobc.posterior import Posterior
+from pyrobc.selection import find_above, find_largest, split_flat
 
 __all__ = ["count_weights", "prune_weights", "score_weights"]
 
@@ -51,15 +54,20 @@ def score_weights(posterior: Posterior, per: Unit = "weight") -> dict[str, Tenso
         raise ReductionError("unit of deletion", got=repr(per), allowed=allowed, fix=suggest(str(per), get_args(Unit)))
     scores = {}
     for name, factor in _normal_factors(posterior).items():
-        q = dist.Normal(factor.mean().double(), factor.log_scale.double().exp())
-        law = dist.Laplace if family.law == "laplace" else dist.Normal
-        p = law(torch.zeros_like(q.loc), torch.full_like(q.loc, family.prior_scales[name]))
-        delta_f = reduce(q, p, dist.Delta(torch.zeros_like(q.loc))).delta_f
-        inner = {"weight": delta_f.dim(), "row": 1, "kernel": 2}[per]  # the first axis that is deleted together
-        if inner < delta_f.dim():
-            total = torch.where(factor.kept, delta_f, 0.0).flatten(inner).sum(inner)
-            delta_f = total.reshape(*total.shape, *(1,) * (delta_f.dim() - inner)).expand_as(delta_f)
-        scores[name] = torch.where(factor.kept, delta_f, torch.nan)
+        found = torch.empty(factor.loc.shape, dtype=torch.float64, device=factor.loc.device)
+        parts = (factor.mean(), factor.log_scale, factor.kept, found)
+        for loc, log_scale, kept, out in zip(*map(split_flat, parts), strict=True):  # a chunk of float64 at a time
+            q = dist.Normal(loc.double(), log_scale.double().exp(), validate_args=False)
+            law = dist.Laplace if family.law == "laplace" else dist.Normal
+            p = law(torch.zeros_like(q.loc), torch.full_like(q.loc, family.prior_scales[name]), validate_args=False)
+            delta_f = reduce(q, p, dist.Delta(torch.zeros_like(q.loc))).delta_f
+            out.copy_(torch.where(kept, delta_f, torch.nan))
+        inner = {"weight": found.dim(), "row": 1, "kernel": 2}[per]  # the first axis that is deleted together
+        if inner < found.dim():
+            total = torch.where(factor.kept, found, 0.0).flatten(inner).sum(inner)
+            total = total.reshape(*total.shape, *(1,) * (found.dim() - inner)).expand_as(found)
+            found = torch.where(factor.kept, total, torch.nan)
+        scores[name] = found
     return scores
 
 
@@ -81,14 +89,13 @@ def prune_weights(posterior: Posterior, keep: int | None = None, per: Unit = "we
         )  # fmt: skip
     factors, own = _normal_factors(posterior), _own_odds(posterior) if per == "weight" else {}
     scores = own or score_weights(posterior, per)
-    if keep is None:
-        odds = own or {
-            n: s + _learned_odds(s[factors[n].kept].unique() if per != "weight" else s[factors[n].kept])
-            for n, s in scores.items()
-        }
-        gone = {n: (value > 0) & value.isfinite() for n, value in odds.items()}
+    if keep is not None:
+        gone = find_largest(scores, _count_excess(factors, scores, keep))
+    elif own:
+        gone = {n: find_above(value, 0.0) for n, value in own.items()}
     else:
-        gone = _find_least(scores, _count_excess(factors, scores, keep))
+        prior = {n: _learned_odds(s if per == "weight" else s[factors[n].kept].unique()) for n, s in scores.items()}
+        gone = {n: find_above(s, -prior[n]) for n, s in scores.items()}
     removed = 0
     for name, where in gone.items():
         where = where & factors[name].kept
@@ -116,20 +123,6 @@ def _count_excess(factors: dict[str, NormalFactor], scores: dict[str, Tensor], k
     return max(0, sum(int(factors[name].kept.sum()) for name in scores) - keep)
 
 
-def _find_least(scores: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Where the ``count`` largest finite scores are, or all if there are fewer; of equal ones the first."""
-    flat = torch.cat([score.flatten() for score in scores.values()])
-    is_finite = flat.isfinite()
-    count = min(count, int(is_finite.sum()))
-    gone = torch.zeros_like(is_finite)
-    if count:
-        cut = flat[is_finite].topk(count).values[-1]
-        gone = is_finite & (flat > cut)
-        gone[(flat == cut).nonzero()[: count - int(gone.sum())]] = True
-    sizes = [score.numel() for score in scores.values()]
-    return {n: p.view_as(s) for (n, s), p in zip(scores.items(), gone.split(sizes), strict=True)}
-
-
 def _normal_factors(posterior: Posterior) -> dict[str, NormalFactor]:
     """Of weights and biases: deleting a normalisation's scale deletes its channel, which is a group's matter."""
     sites, parameters = posterior.guide.by_site(), posterior.model.spec.parameters
@@ -139,6 +132,6 @@ def _normal_factors(posterior: Posterior) -> dict[str, NormalFactor]:
 
 def _learned_odds(scores: Tensor) -> float:
     """Learned prior log odds of zero against kept, nats; zero where nothing is defined."""
-    if not bool((~scores.isnan() & (scores < torch.inf)).any()):
+    if not any(bool((chunk < torch.inf).any()) for chunk in split_flat(scores)):  # NaN is not less
         return 0.0
-    return -float(learn_inclusion(scores, max_steps=100_000).log_odds)
+    return -float(learn_log_odds(scores, max_steps=100_000))

@@ -9,7 +9,14 @@ from pyrobc.bmr.multivariate_normal import delete
 from pyrobc.bmr.registry import Reduction, reduce, register_reduction, registered_triples
 from pyrobc.bmr.score import score
 from pyrobc.bmr.search import Search, search_best_first, search_exhaustively, search_greedily, search_in_stages
-from pyrobc.bmr.sparsity import HorseshoeFit, LearnedInclusion, fit_horseshoe, learn_inclusion, optimise_reduced
+from pyrobc.bmr.sparsity import (
+    HorseshoeFit,
+    LearnedInclusion,
+    fit_horseshoe,
+    learn_inclusion,
+    learn_log_odds,
+    optimise_reduced,
+)
 from pyrobc.bmr.table import ScoreTable
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "delete",
     "fit_horseshoe",
     "learn_inclusion",
+    "learn_log_odds",
     "optimise_reduced",
     "reduce",
     "reduce_iteratively",

@@ -12,7 +12,10 @@ and each step raises the bound on the log evidence gained, in nats,
 
 .. math:: \mathcal L = \sum_g \big[(1 - \rho_g)\Delta F_g + H(\rho_g)\big] + \ln B(A, B) - \ln B(a, b).
 
-A group is kept where :math:`\rho_g \ge 1/2`, that is :math:`\Delta F_g \le \zeta`.
+A group is kept where :math:`\rho_g \ge 1/2`, that is :math:`\Delta F_g \le \zeta`.  The iteration is one of a single
+number, :math:`\zeta \leftarrow g(\zeta)`, so that memory does not grow with the groups.  Of more than a million, every
+n-th leads to a :math:`\zeta` from which Newton's steps on :math:`g(\zeta) - \zeta` need a handful of passes over all,
+with :math:`g' = (\psi'(A) + \psi'(B)) \sum_g \rho_g (1 - \rho_g)`; where that is near one, plain steps go on.
 
 **Tuned reduced prior.**  :math:`\max_\eta\; \sum \Delta F(\tilde p_\eta) + \ln p(\eta)` by gradient (empirical Bayes).
 
@@ -37,7 +40,10 @@ from torch.distributions import Distribution
 from pyrobc.bmr.registry import Reduction, reduce
 from pyrobc.errors import ReductionError
 
-__all__ = ["HorseshoeFit", "LearnedInclusion", "fit_horseshoe", "learn_inclusion", "optimise_reduced"]
+__all__ = ["HorseshoeFit", "LearnedInclusion", "fit_horseshoe", "learn_inclusion", "learn_log_odds", "optimise_reduced"]
+
+_CHUNK = 1 << 20  # prices looked at together
+_STEEP = 0.95  # slope of the iteration above which Newton's steps are not trusted
 
 
 @dataclass(frozen=True)
@@ -73,31 +79,12 @@ def learn_inclusion(
     Raises:
         ReductionError: shapes that are not positive, no price that is defined, or no convergence.
     """
+    log_odds, shape_a, shape_b, last = _iterate_log_odds(delta_f, prior, tolerance, max_steps)
     prices = delta_f.detach().double().reshape(-1)
     is_defined = ~prices.isnan() & (prices < torch.inf)
-    if min(prior) <= 0 or not is_defined.any():
-        raise ReductionError(
-            "inclusion rate",
-            got=f"prior {prior}, {int(is_defined.sum())} defined prices",
-            allowed="positive Beta shapes and at least one defined price",
-            fix="look at the reasons of the prices",
-        )
     a, b = torch.tensor(prior, dtype=torch.float64)
     known = prices[is_defined]
-    log_odds = a.digamma() - b.digamma()
-    for _ in range(max_steps):
-        rho = torch.sigmoid(log_odds - known)
-        shape_a, shape_b = a + rho.sum(), b + (1 - rho).sum()
-        previous, log_odds = log_odds, shape_a.digamma() - shape_b.digamma()
-        if (log_odds - previous).abs() < tolerance:
-            break
-    else:
-        raise ReductionError(
-            "inclusion rate",
-            got=f"no convergence in {max_steps} steps",
-            allowed="a change of the log-odds below the tolerance",
-            fix="raise max_steps",
-        )
+    rho = torch.sigmoid(last - known)
     gain = torch.where(known.isneginf(), 0.0, (1 - rho) * known)
     entropy = -torch.xlogy(rho, rho) - torch.xlogy(1 - rho, 1 - rho)
     bound = (gain + entropy).sum() + _log_beta(shape_a, shape_b) - _log_beta(a, b)
@@ -106,6 +93,55 @@ def learn_inclusion(
     kept = ~(is_defined & (prices > log_odds))
     return LearnedInclusion(
         inclusion.reshape(delta_f.shape), kept.reshape(delta_f.shape), log_odds, Beta(shape_a, shape_b), bound
+    )
+
+
+def learn_log_odds(
+    delta_f: Tensor, prior: tuple[float, float] = (1.0, 1.0), *, tolerance: float = 1e-10, max_steps: int = 1000
+) -> Tensor:
+    """``learn_inclusion(...).log_odds`` alone, without memory that grows with the groups."""
+    return _iterate_log_odds(delta_f, prior, tolerance, max_steps)[0]
+
+
+def _iterate_log_odds(
+    delta_f: Tensor, prior: tuple[float, float], tolerance: float, max_steps: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log odds, shapes of the rate's Beta posterior, and the log odds that these came from."""
+    prices = delta_f.detach().reshape(-1)
+    counts = [int((chunk < torch.inf).sum()) for chunk in prices.split(_CHUNK)]  # NaN is not less
+    total = sum(counts)
+    if min(prior) <= 0 or not total:
+        raise ReductionError(
+            "inclusion rate",
+            got=f"prior {prior}, {total} defined prices",
+            allowed="positive Beta shapes and at least one defined price",
+            fix="look at the reasons of the prices",
+        )
+    a, b = torch.tensor(prior, dtype=torch.float64)
+    log_odds, is_near = a.digamma() - b.digamma(), False
+    sample = prices[:: -(-len(prices) // _CHUNK)]
+    if len(sample) < len(prices) and bool((sample < torch.inf).any()):
+        log_odds, is_near = _iterate_log_odds(sample, prior, tolerance, max_steps)[0], True
+    for _ in range(max_steps):
+        included, slope = torch.zeros(2, dtype=torch.float64)
+        for chunk, count in zip(prices.split(_CHUNK), counts, strict=True):
+            known = chunk if count == len(chunk) else chunk[chunk < torch.inf]
+            rho = torch.sigmoid(log_odds - known.double())
+            included += rho.sum()
+            slope += rho.sum() - rho.dot(rho) if is_near else 0.0
+        shape_a, shape_b = a + included, b + (total - included)
+        previous, log_odds = log_odds, shape_a.digamma() - shape_b.digamma()
+        change = log_odds - previous
+        if change.abs() < tolerance:
+            return log_odds, shape_a, shape_b, previous
+        slope *= shape_a.polygamma(1) + shape_b.polygamma(1)
+        if is_near and slope < _STEEP:
+            log_odds = previous + change / (1 - slope)
+    raise ReductionError(
+        "inclusion rate",
+        got=f"no convergence in {max_steps} steps",
+        allowed="a change of the log-odds below the tolerance",
+        fix="raise max_steps",
     )
 
 

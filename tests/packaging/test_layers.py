@@ -29,6 +29,7 @@ LAYERS = {
         "probing",
         "propagation",
         "proposals",
+        "selection",
         "slicing",
     },
     1: {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pyrobc import selection
 from pyrobc.errors import BudgetError, CheckpointError, FamilyError, ReductionError
 from pyrobc.fit import fit
 from pyrobc.folding import FoldedFamily, fold_scales, refit_prior
@@ -341,3 +342,14 @@ def test_units_of_deletion_that_cannot_be_are_refused() -> None:
         score_weights(half_pruned(), "colunm")  # type: ignore[arg-type]
     with pytest.raises(ReductionError, match="leave keep out"):
         prune_weights(half_pruned(), 5, "row")
+
+
+def test_scores_in_chunks_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    posterior = half_pruned()
+    for per in ("weight", "row", "kernel"):
+        whole = score_weights(posterior, per)  # type: ignore[arg-type]
+        with monkeypatch.context() as patch:
+            patch.setattr(selection, "CHUNK", 5)
+            chunked = score_weights(posterior, per)  # type: ignore[arg-type]
+        for name, found in whole.items():
+            torch.testing.assert_close(found, chunked[name], rtol=0, atol=0, equal_nan=True)
