@@ -101,13 +101,13 @@ class NormalFactor(Factor):
     def keep_(self, kept: Tensor) -> None:
         """Delete the entries that are not in ``kept``, boolean, for good."""
         self.kept &= kept
-        self.loc.data.mul_(self.kept)
+        self.loc.data.masked_fill_(~self.kept, 0.0)  # a product would first make numbers of the mask
         _note_pruned(self)
 
     def project_(self) -> None:
         """Clip the scale (Louizos, Ullrich and Welling 2017 clip the first layers'); what is deleted stays at zero."""
         if not self.is_whole:  # an optimiser's momentum outlives a deletion in the middle of a fit
-            self.loc.data.mul_(self.kept)
+            self.loc.data.masked_fill_(~self.kept, 0.0)
         if self.max_scale is not None:
             self.log_scale.data.clamp_(max=float(np.log(self.max_scale)))
 
@@ -171,7 +171,8 @@ class MeanFieldGuide(PyroModule):
 
     def count_deleted(self) -> int:
         """Entries that have been deleted for good."""
-        return sum(int((~f.kept).sum()) for f in self.by_site().values() if isinstance(f, NormalFactor))
+        masks = [factor.kept for factor in self.by_site().values() if isinstance(factor, NormalFactor)]
+        return sum(mask.numel() - int(mask.count_nonzero()) for mask in masks)
 
     def restricted(self, spec: GroupSpec, kept: Kept) -> MeanFieldGuide:
         """The guide of the network after a cut: removed groups' factors are sliced away, the rest carries over."""

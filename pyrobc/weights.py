@@ -98,16 +98,16 @@ def prune_weights(posterior: Posterior, keep: int | None = None, per: Unit = "we
         gone = {n: find_above(s, -prior[n]) for n, s in scores.items()}
     removed = 0
     for name, where in gone.items():
-        where = where & factors[name].kept
-        removed += int(where.sum())
-        factors[name].keep_(~where)
+        where &= factors[name].kept
+        removed += int(where.count_nonzero())  # a sum would first make integers of all
+        factors[name].keep_(where.logical_not_())
     return removed
 
 
 def count_weights(posterior: Posterior) -> tuple[int, int]:
     """Weights and biases that are not deleted, and all there are."""
     factors = _normal_factors(posterior).values()
-    return sum(int(f.kept.sum()) for f in factors), sum(f.kept.numel() for f in factors)
+    return sum(int(f.kept.count_nonzero()) for f in factors), sum(f.kept.numel() for f in factors)
 
 
 def _own_odds(posterior: Posterior) -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ def _own_odds(posterior: Posterior) -> dict[str, Tensor]:
 def _count_excess(factors: dict[str, NormalFactor], scores: dict[str, Tensor], keep: int) -> int:
     if not isinstance(keep, int) or keep < 1:
         raise BudgetError("weights to keep", got=repr(keep), allowed="a whole number from 1", fix="raise the number")
-    return max(0, sum(int(factors[name].kept.sum()) for name in scores) - keep)
+    return max(0, sum(int(factors[name].kept.count_nonzero()) for name in scores) - keep)
 
 
 def _normal_factors(posterior: Posterior) -> dict[str, NormalFactor]:

@@ -42,7 +42,8 @@ from pyrobc.errors import ReductionError
 
 __all__ = ["HorseshoeFit", "LearnedInclusion", "fit_horseshoe", "learn_inclusion", "learn_log_odds", "optimise_reduced"]
 
-_CHUNK = 1 << 20  # prices looked at together
+_CHUNK = 1 << 18  # prices looked at together
+_SAMPLE = 1 << 20  # prices at most that are all looked at in every step
 _STEEP = 0.95  # slope of the iteration above which Newton's steps are not trusted
 
 
@@ -119,7 +120,7 @@ def _iterate_log_odds(
         )
     a, b = torch.tensor(prior, dtype=torch.float64)
     log_odds, is_near = a.digamma() - b.digamma(), False
-    sample = prices[:: -(-len(prices) // _CHUNK)]
+    sample = prices[:: -(-len(prices) // _SAMPLE)]
     if len(sample) < len(prices) and bool((sample < torch.inf).any()):
         log_odds, is_near = _iterate_log_odds(sample, prior, tolerance, max_steps)[0], True
     for _ in range(max_steps):

@@ -68,6 +68,7 @@ def test_odds_learned_in_chunks_are_those_of_all_at_once(case: str, monkeypatch:
     passes = []
     step = torch.sigmoid
     monkeypatch.setattr(sparsity, "_CHUNK", 400)
+    monkeypatch.setattr(sparsity, "_SAMPLE", 400)
     monkeypatch.setattr(torch, "sigmoid", lambda x: passes.append(len(x)) or step(x))
     chunked = learn_log_odds(prices)
     assert float(chunked) == pytest.approx(float(plain), abs=2e-8)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyrobc import selection
 from pyrobc.errors import BudgetError, CheckpointError, FamilyError, ReductionError
@@ -21,6 +23,7 @@ from pyrobc.models.regression import LinearRegression
 from pyrobc.objective import fast_loss, traced_loss
 from pyrobc.posterior import Posterior
 from pyrobc.scores import score
+from pyrobc.selection import CHUNK
 from pyrobc.sparsify import sparsify
 from pyrobc.weights import count_weights, prune_weights, score_weights
 
@@ -353,3 +356,33 @@ def test_scores_in_chunks_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPat
             chunked = score_weights(posterior, per)  # type: ignore[arg-type]
         for name, found in whole.items():
             torch.testing.assert_close(found, chunked[name], rtol=0, atol=0, equal_nan=True)
+
+
+class LargeTensors(TorchDispatchMode):
+    """Types and sizes of all new tensors with more than a given number of elements."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.seen = limit, []  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.numel() > self.limit:
+                if tensor.untyped_storage().data_ptr() not in given:
+                    self.seen.append((tensor.dtype, tensor.numel()))
+        return result
+
+
+@pytest.mark.parametrize("keep", [None, 10_000])
+def test_besides_the_scores_memory_holds_a_chunk(keep: int | None) -> None:
+    size = 3 * CHUNK
+    loc = torch.randn(3, CHUNK, generator=torch.Generator().manual_seed(0)) * 0.01
+    posterior = with_weights(loc, torch.full_like(loc, 0.01), 0.05)
+    with LargeTensors(CHUNK) as large:
+        removed = prune_weights(posterior, keep)
+    assert removed > size // 2
+    reals = [found for found in large.seen if found[0].is_floating_point]
+    assert reals == [(torch.float64, size)], "the scores themselves"
+    assert all(dtype == torch.bool for dtype, _ in large.seen if not dtype.is_floating_point)
