@@ -93,6 +93,7 @@ def compress(
     temperature: float = 1.0,
     warmup_epochs: int = 0,
     clip_norm: float | None = None,
+    autocast: bool = False,
     patience: int | None = None,
     reduction: str | None = None,
     epsilon: float = DEFAULT_EPSILON,
@@ -132,6 +133,7 @@ def compress(
         temperature: weight of the KL; 1 is the ELBO.
         warmup_epochs: epochs of growing KL weight.
         clip_norm: largest gradient norm.
+        autocast: whether fits compute the network's products in bfloat16.
         patience: epochs without a better validation loss before stopping.
         reduction: reduced prior, or a baseline of the family; its default reduction if None.
         epsilon: largest negligible share of a layer's input.
@@ -156,7 +158,7 @@ def compress(
     """
     check_settings(
         epochs=epochs, seed=seed, lr=lr, temperature=temperature, warmup_epochs=warmup_epochs, clip_norm=clip_norm,
-        batch_size=batch_size, patience=patience, validation=validation,
+        batch_size=batch_size, patience=patience, validation=validation, autocast=autocast,
     )  # fmt: skip
     check_kind(net, nn.Module, "network", "a torch.nn.Module", "pass the network itself, not its class or name")
     chosen = make_family(family, **dict(family_args or {}))
@@ -181,7 +183,7 @@ def compress(
             check_rows(rows, net, law.check, example)
     settings: dict[str, Any] = {
         "seed": seed, "lr": lr, "temperature": temperature, "clip_norm": clip_norm, "device": device,
-        "dtype": dtype, "progress": progress, "validation": validation, "patience": patience,
+        "dtype": dtype, "autocast": autocast, "progress": progress, "validation": validation, "patience": patience,
     }  # fmt: skip
     pruning = PruneEachEpoch(reduction, prior_odds, epsilon) if prune_each_epoch else None
     posterior = fit(

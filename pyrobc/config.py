@@ -82,6 +82,7 @@ class RunConfig:
     temperature: float = _key("weight of the KL; 1 is the ELBO", 1.0)
     warmup_epochs: int = _key("epochs of growing KL weight", 0)
     clip_norm: float | None = _key("largest gradient norm", None)
+    autocast: bool = _key("whether fits compute the network's products in bfloat16", False)
     patience: int | None = _key("epochs without a better validation loss before stopping", None)
     reduction: str | None = _key("reduced prior or baseline; the family's default if null", None)
     epsilon: float = _key("largest negligible share of a layer's input", 0.01)

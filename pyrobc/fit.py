@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,17 +22,16 @@ from pyrobc._version import __version__
 from pyrobc.batches import as_loader, check_batch, count_batches, count_rows, move, repeatable
 from pyrobc.checkpoint import read_checkpoint, write_checkpoint
 from pyrobc.distributed import Team, find_team
-from pyrobc.dists import interval_log_mass
 from pyrobc.errors import CheckpointError, FitError, check_kind
 from pyrobc.groups import Kept
 from pyrobc.lift import LiftedModel
 from pyrobc.meanfield import MeanFieldGuide
 from pyrobc.moment_loss import MomentLoss
-from pyrobc.negligible import DEFAULT_EPSILON, find_sizes, negligible_thresholds
 from pyrobc.objective import Loss, LossFactory, fast_loss, split_laws, traced_loss
 from pyrobc.posterior import Posterior, evaluating, measure_input_rms
 from pyrobc.settings import PATHS, check_settings, describe_batch, describe_schedule
 from pyrobc.training import Training
+from pyrobc.watching import look_at, validate
 
 __all__ = ["anneal", "fit"]
 
@@ -54,6 +54,7 @@ def fit(
     temperature: float = 1.0,
     warmup_epochs: int = 0,
     clip_norm: float | None = None,
+    autocast: bool = False,
     batch_size: int = 128,
     validation: Any = None,
     patience: int | None = None,
@@ -80,6 +81,8 @@ def fit(
         temperature: weight of the KL; 1 is the ELBO.
         warmup_epochs: epochs over which the KL weight grows linearly to ``temperature``.
         clip_norm: largest gradient norm.
+        autocast: whether the network's products and convolutions are in bfloat16; draws, divergences and everything
+            after the fit keep their precision.
         batch_size: for arrays; a loader has its own.
         validation: held-out data for early stopping.
         patience: epochs without a better validation loss before stopping; the best state is restored.
@@ -98,12 +101,13 @@ def fit(
     Raises:
         DataError, FitError, CheckpointError, OutputError: see the message.
     """
+    check_kind(model, LiftedModel, "model", "what bc.lift returns", "pass bc.lift(net, family, likelihood, x[:1])")
+    path = path or model.family.path
     check_settings(
         epochs=epochs, seed=seed, lr=lr, temperature=temperature, warmup_epochs=warmup_epochs, clip_norm=clip_norm,
-        batch_size=batch_size, patience=patience, validation=validation, path=path,
+        batch_size=batch_size, patience=patience, validation=validation, path=path, autocast=autocast,
     )  # fmt: skip
-    check_kind(model, LiftedModel, "model", "what bc.lift returns", "pass bc.lift(net, family, likelihood, x[:1])")
-    path, model = path or model.family.path, model.to(device=device, dtype=dtype)
+    model = model.to(device=device, dtype=dtype)
     guide = (guide or model.new_guide()).to(model.anchor)
     team, loader = find_team(), as_loader(data, batch_size=batch_size)
     team.check_loader(loader)
@@ -127,6 +131,7 @@ def fit(
         "schedule": describe_schedule(run.schedule),
         "temperature": [temperature, warmup_epochs],
         "clip_norm": clip_norm,
+        "autocast": autocast or None,
         "path": getattr(path, "__qualname__", str(path)),
         "rows": [num_data, getattr(loader, "batch_size", None)],
         "deleted weights": guide.count_deleted() or None,
@@ -157,10 +162,10 @@ def fit(
     with pyro.get_param_store().scope(), bar:
         while run.epoch < epochs and not _is_stale(run, patience):
             weight = temperature * min(1.0, (run.epoch + 1) / (warmup_epochs + 1))
-            numbers = _train_epoch(run, loss, loader, weight, clip_norm, seed, on_step, epochs, team)
+            numbers = _train_epoch(run, loss, loader, weight, clip_norm, autocast, seed, on_step, epochs, team)
             if held_out is not None:
                 with repeatable(held_out, seed, run.epoch):
-                    numbers["validation_loss"] = team.agree(_validate(run, held_out))
+                    numbers["validation_loss"] = team.agree(validate(run, held_out))
                 if weight == temperature:  # before the warm-up ends losses are not comparable
                     run.note_best(numbers["validation_loss"])
             _step_schedule(run.schedule, numbers)
@@ -196,6 +201,7 @@ def _train_epoch(
     loader: Iterable[Any],
     temperature: float,
     clip_norm: float | None,
+    autocast: bool,
     seed: int,
     on_step: Callable[[MeanFieldGuide, float], None] | None,
     epochs: int,
@@ -216,7 +222,9 @@ def _train_epoch(
             run.optimizer.zero_grad(set_to_none=True)
             value, own = targets.new_zeros((), dtype=model.anchor.dtype), team.share(inputs, targets)
             if len(own[1]):
-                with pyro.validation_enabled(is_first and batches == 0), team.noise(seed, run.epoch, batches):
+                half = torch.autocast(targets.device.type, torch.bfloat16) if autocast else nullcontext()
+                check = pyro.validation_enabled(is_first and batches == 0)
+                with check, team.noise(seed, run.epoch, batches), half:
                     value = loss(*own, temperature)
                 value.backward()
             value = team.sum_(run.guide.parameters(), value, len(own[1]) / len(targets))
@@ -229,7 +237,7 @@ def _train_epoch(
     if batches == 0:
         count_rows([])
     team.average_norms_(model)
-    look = team.agree(_look(run, inputs, targets))
+    look = team.agree(look_at(run, inputs, targets))
     is_finite = all(bool(torch.isfinite(p).all()) for p in run.guide.parameters())
     if not is_finite or not all(math.isfinite(number) for number in look.values()):
         raise _diverged("parameters that are not finite", run.epoch, batches)
@@ -261,43 +269,6 @@ def _check_targets(run: Training, inputs: Any, targets: Tensor) -> None:
     with torch.no_grad(), evaluating(run.model):
         own, _ = split_laws(run.model, run.guide.distributions())
         run.model.likelihood.check(targets, run.model.run(run.model.family.mean(own, run.model.spec), inputs))
-
-
-@torch.no_grad()
-def _look(run: Training, inputs: Any, targets: Tensor) -> dict[str, float]:
-    """Error of the mean network on the last batch, and how many groups the posterior expects to matter."""
-    model = run.model
-    own, _ = split_laws(model, run.guide.distributions())
-    mean = model.complete(model.family.mean(own, model.spec))
-    scales = model.family.presence(own, model.family.prior(model.spec, model.anchor), model.spec)
-    stay = float(sum(block.size for block in model.spec.blocks))
-    if scales:  # folded families have none: every group that is there matters
-        rms = measure_input_rms(model, mean, [(inputs, targets)])
-        thresholds = negligible_thresholds(model.spec, mean, rms, DEFAULT_EPSILON, sizes=find_sizes(scales))
-        stay = math.nan
-        if not any(bool(threshold.isnan().any()) for threshold in thresholds.values()):
-            stay = sum(
-                float((1 - interval_log_mass(scales[b].posterior, -t, t).exp()).sum()) for b, t in thresholds.items()
-            )
-    with evaluating(model):
-        error = model.likelihood.loss(model.run(mean, inputs), targets).mean()
-    return {"error": float(error), "groups": stay}
-
-
-@torch.no_grad()
-def _validate(run: Training, loader: Iterable[Any]) -> float:
-    """Mean negative log likelihood of the mean network, nats per row."""
-    own, extra = split_laws(run.model, run.guide.distributions())
-    effective = run.model.family.mean(own, run.model.spec)
-    values = {name: law.mean for name, law in extra.items()}
-    total, rows = 0.0, 0
-    with evaluating(run.model):
-        for batch in loader:
-            inputs, targets = move(batch[0], run.model.anchor), move(batch[1], run.model.anchor)
-            outputs = run.model.run(effective, inputs)
-            total -= float(run.model.likelihood.distribution(outputs, values).log_prob(targets).sum())
-            rows += len(targets)
-    return total / rows
 
 
 def _is_stale(run: Training, patience: int | None) -> bool:

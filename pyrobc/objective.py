@@ -16,6 +16,7 @@ weights, is in ``pyrobc.moment_loss``; it shares the KLs (``analytic_loss``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
@@ -43,7 +44,9 @@ def fast_loss(model: LiftedModel, guide: MeanFieldGuide, num_data: int) -> Loss:
     def draw(
         model: LiftedModel, effective: Effective, inputs: Any, targets: Tensor, values: Mapping[str, Tensor]
     ) -> Tensor:
-        return model.likelihood.distribution(model.run(effective, inputs), values).log_prob(targets)
+        return model.likelihood.distribution(model.run(effective, inputs).to(model.anchor.dtype), values).log_prob(
+            targets
+        )
 
     return analytic_loss(model, guide, num_data, draw)
 
@@ -53,17 +56,22 @@ def analytic_loss(model: LiftedModel, guide: MeanFieldGuide, num_data: int, log_
     priors, weights = model.priors(), model.family.kl_weights(model.spec, num_data)
 
     def loss(inputs: Any, targets: Tensor, temperature: float) -> Tensor:
-        laws = guide.distributions()
-        own, extra = split_laws(model, laws)
-        effective = model.family.draw_local(own, model.spec, len(targets))
-        scales = {name: law.rsample() for name, law in extra.items()}
+        with _in_full(targets.device.type):
+            own, extra = split_laws(model, guide.distributions())
+            effective = model.family.draw_local(own, model.spec, len(targets))
+            scales = {name: law.rsample() for name, law in extra.items()}
+            own_kl, extra_kl = model.family.kl(own, priors), _likelihood_kl(extra, priors)
+            kls = [value * weights[n] if n in weights else value for n, value in (own_kl | extra_kl).items()]
+            kl = torch.stack(kls).sum()
         fit = log_likelihood(model, effective, inputs, targets, scales).sum()
-        own_kl, extra_kl = model.family.kl(own, priors), _likelihood_kl(extra, priors)
-        kls = [value * weights[n] if n in weights else value for n, value in (own_kl | extra_kl).items()]
-        kl = torch.stack(kls).sum()
         return temperature * kl - fit * (num_data / len(targets))
 
     return loss
+
+
+def _in_full(device: str) -> AbstractContextManager[object]:
+    """Draws and divergences keep the parameters' precision where products are autocast."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def traced_loss(model: LiftedModel, guide: MeanFieldGuide, num_data: int) -> Loss:

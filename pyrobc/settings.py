@@ -25,6 +25,7 @@ def check_settings(
     patience: int | None = None,
     validation: Any = None,
     path: Any = None,
+    autocast: bool = False,
 ) -> None:
     """Raise a ``FitError`` for the first setting of ``fit`` that makes no sense."""
     is_whole = isinstance(epochs, int) and isinstance(warmup_epochs, int) and isinstance(batch_size, int)
@@ -43,6 +44,11 @@ def check_settings(
     for name, value, is_fine, allowed, fix in rules:
         if not is_fine:
             raise FitError(name, got=repr(value), allowed=allowed, fix=fix)
+    if autocast and path in ("traced", "moments"):
+        raise FitError(
+            "autocast", got=f"path={path!r}", allowed="path='fast', which keeps divergences out of it",
+            fix="leave autocast out",
+        )  # fmt: skip
     if patience is not None and validation is None:
         raise FitError(
             "early stopping",

@@ -54,6 +54,7 @@ LAYERS = {
         "rewinding",
         "settings",
         "training",
+        "watching",
     },
     2: {
         "arviz_io",

@@ -16,6 +16,7 @@ from pyrobc.errors import DataError, FitError, PyrobcError
 from pyrobc.fit import fit
 from pyrobc.lift import LiftedModel, lift
 from pyrobc.models.mlp import build
+from pyrobc.scores import score
 
 FAMILIES = ["log_uniform", "group_horseshoe"]
 
@@ -303,3 +304,49 @@ def test_a_subset_sampler_counts_what_it_draws() -> None:
     data = torch.utils.data.TensorDataset(torch.randn(64, 3), torch.zeros(64).long())
     sampler = torch.utils.data.SubsetRandomSampler(range(20))
     assert count_rows(torch.utils.data.DataLoader(data, batch_size=8, sampler=sampler)) == 20
+
+
+@pytest.mark.parametrize("family", ["log_uniform", "group_normal_jeffreys", "group_horseshoe"])
+def test_products_in_bfloat16_give_nearly_the_same_fit(family):
+    """Parameters, divergences and scores keep their precision; only the network's products lose theirs."""
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    y = (x[:, 0] + 0.5 * x[:, 1] > 0).long()
+    fits, seen = [], []
+    for autocast in (False, True):
+        with seeded(1):
+            net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 2))
+        model = lift(net, family, "categorical", x[:1])
+        net_of_fit = model.net[2]
+        handle = net_of_fit.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        fits.append(fit(model, (x, y), epochs=15, lr=2e-2, batch_size=100, autocast=autocast, progress=False))
+        handle.remove()
+    assert torch.bfloat16 in seen and torch.float32 in seen
+    plain, half = fits
+    assert all(p.dtype == torch.float32 for p in half.guide.parameters())
+    assert half.history[-1]["elbo"] == pytest.approx(plain.history[-1]["elbo"], rel=0.05)
+    assert half.history[-1]["elbo"] != plain.history[-1]["elbo"]
+    odds = [torch.as_tensor(score(one).log_odds()["input"]) for one in fits]
+    assert ((odds[0] > 0) == (odds[1] > 0)).double().mean() >= 5 / 6
+
+
+def test_the_divergence_is_not_autocast():
+    x, y = torch.randn(20, 6), torch.zeros(20, dtype=torch.long)
+    model = lift(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), "log_uniform", "categorical", x[:1])
+    kls, family_kl = [], model.family.kl
+
+    def record(*arguments):
+        assert not torch.is_autocast_enabled("cpu")
+        kls.append(family_kl(*arguments))
+        return kls[-1]
+
+    model.family.kl = record
+    fit(model, (x, y), epochs=1, autocast=True, progress=False)
+    assert kls and all(value.dtype == torch.float32 for value in kls[0].values())
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_paths_that_cannot_be_autocast_are_refused():
+    x = torch.randn(20, 6)
+    model = lift(nn.Sequential(nn.Linear(6, 2)), "moment_propagation", "categorical", x[:1])
+    with pytest.raises(FitError, match="autocast: got path='moments'"):
+        fit(model, (x, torch.zeros(20, dtype=torch.long)), epochs=1, autocast=True, progress=False)
