@@ -6,7 +6,7 @@ Parts; ``--parts`` chooses:
   and the realised false-prune rate of the rule that bounds it;
 * ``nuts``: the same lifted model under NUTS beside SVI, several chains on 100 rows of the first seed;
 * ``teacher``: three tanh units taught to sixteen;
-* ``change``: on the digits MLP as the demo fits it, 40 random sets of groups, predicted log evidence and predicted ELBO
+* ``change``: on the digits MLP, 40 random sets of groups, predicted log evidence and predicted ELBO
   against the change of the ELBO after re-adapting, both fitted on for as long; always of the default family too;
 * ``labels``: digits with labels in random order; ``noise``: digits beside 64 pixels of noise.
 
@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks._calibration_digits import measure_change, measure_labels, measure_noise
+from benchmarks._calibration_digits import FITS, measure_change, measure_labels, measure_noise
 from benchmarks._calibration_planted import FAMILIES, measure_nuts, measure_regression, measure_teacher
 from benchmarks._calibration_report import report
 from benchmarks._record import describe_place, fingerprint
 from pyrobc.checkpoint import write_atomically
-from pyrobc.demo import DEFAULT_FAMILY, DEMO_SETTINGS
+from pyrobc.demo import DEFAULT_FAMILY
 
 RUNS = Path("runs/decision_calibration")
 FIRST_SEED, NUM_SEEDS = 1000, 20
@@ -78,14 +78,14 @@ def list_jobs(parts: list[str], seeds: int, families: list[str], scale: float) -
 
     first, jobs = {"seed": FIRST_SEED}, []
     chunk, chunks = (SETS // 4, 4) if scale == 1.0 else (2, 2)
-    demo = DEMO_SETTINGS[DEFAULT_FAMILY]
+    demo = FITS[DEFAULT_FAMILY]
     demo = demo | {key: shorten(demo[key]) for key in ("epochs", "warmup_epochs")}
     everyone = range(FIRST_SEED, FIRST_SEED + seeds)
     lengths = {"draws": shorten(200), "steps": shorten(1000), "rows": 100}
     jobs += [Job(part, first | {"family": DEFAULT_FAMILY, "settings": demo}) for part in ("noise", "labels")]
     jobs += [Job("nuts", first | {"family": "log_uniform", "chain": c} | lengths) for c in range(CHAINS)]
-    for family in dict.fromkeys([DEFAULT_FAMILY, *(name for name in families if name in DEMO_SETTINGS)]):
-        epochs = shorten(DEMO_SETTINGS[family]["epochs"])
+    for family in dict.fromkeys([DEFAULT_FAMILY, *(name for name in families if name in FITS)]):
+        epochs = shorten(FITS[family]["epochs"])
         change = first | {"family": family, "epochs": epochs, "readapt": max(1, epochs // 4)}
         jobs += [Job("change", change | {"sets": list(range(k, k + chunk))}) for k in range(0, chunk * chunks, chunk)]
     for family in families:
