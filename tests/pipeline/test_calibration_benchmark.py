@@ -46,9 +46,9 @@ def test_every_job_is_told_from_every_other(load) -> None:
     study, record = load("decision_calibration"), load("_record")
     jobs = list(study.list_jobs(list(study.MEASURES), 20, ["log_uniform", "group_horseshoe"], 1.0))
     names = {record.fingerprint({"part": job.part} | job.settings) for job in jobs}
-    assert len(names) == len(jobs) == 2 + 4 + 3 * 4 + 2 * (20 + 80)
+    assert len(names) == len(jobs) == 2 + 4 + 2 * 4 + 2 * (20 + 80)
     sets = [which for job in jobs if job.part == "change" for which in job.settings["sets"]]
-    assert sorted(sets) == sorted([*range(40)] * 3), "the default family's are always among them"
+    assert sorted(sets) == sorted([*range(40)] * 2), "the default family's are always among them"
 
 
 def test_the_table_counts_what_was_kept(load, tmp_path: Path) -> None:
