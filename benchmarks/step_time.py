@@ -1,9 +1,11 @@
 """What a Bayesian training step costs against plain PyTorch, and against what one would write without us.
 
 All steps do forward, backward and an optimiser's step on the same batch, in one process, one of each per round.
-``fast`` is the road ``fit`` takes by default, ``traced`` is Pyro's ELBO module; ``pyro`` and ``by hand`` are Normal
-weights without groups.  A ratio is that of two steps of one round.  With one thread CPU time counts, which other
-processes disturb least; with several it is the wall clock.
+``fast`` is the road ``fit`` takes by default, ``traced`` is Pyro's ELBO module; ``16 draws`` shares the noise of gates
+among runs of eight examples, ``hidden units only`` leaves inputs without gates, ``channels last`` lays convolutions out
+so, ``bfloat16`` autocasts products; ``pyro`` and ``by hand`` are Normal weights without groups.  A ratio is that of two
+steps of one round.  With one thread CPU time counts, which other processes disturb least; with several it is the wall
+clock.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -80,6 +82,10 @@ def measure(name: str, batch: int, rounds: int, threads: int) -> list[dict[str, 
     for family in families:
         for road in ("fast", "traced"):
             steps[family, road] = bayesian_step(build(), family, road, x, y)
+    more = [("16 draws", {"num_draws": 16}), ("hidden units only", {}), ("bfloat16", {})]
+    more += [("channels last", {})] if len(shape) == 3 else []
+    for road, settings in more:
+        steps["log_uniform", road] = bayesian_step(build(), "log_uniform", road, x, y, settings)
     if len(families) > 1:  # the networks that are chains of layers
         steps["pyro", ""], steps["by hand", ""] = pyro_step(build(), x, y), local_step(build(), x, y)
     with pyro.get_param_store().scope():
@@ -109,17 +115,23 @@ def measure(name: str, batch: int, rounds: int, threads: int) -> list[dict[str, 
     return rows
 
 
-def bayesian_step(net: nn.Module, family: str, road: str, x: torch.Tensor, y: torch.Tensor) -> Step:
+def bayesian_step(
+    net: nn.Module, family: str, road: str, x: torch.Tensor, y: torch.Tensor, settings: Mapping[str, Any] | None = None
+) -> Step:
     """One step as ``fit`` takes it."""
-    model = lift(net, make_family(family), "categorical", x[:1])
+    model = lift(
+        net, make_family(family, **(settings or {})), "categorical", x[:1], prune_inputs=road != "hidden units only"
+    )
+    if road == "channels last":
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     guide = model.new_guide()
-    loss: Any = {"fast": fast_loss, "traced": traced_loss}[road](model, guide, NUM_DATA)
+    loss: Any = (traced_loss if road == "traced" else fast_loss)(model, guide, NUM_DATA)
     optimizer = torch.optim.Adam(guide.parameters(), fused=True)
 
     def step() -> None:
-        with pyro.validation_enabled(False):
-            value = loss(x, y, 1.0)
         optimizer.zero_grad(set_to_none=True)
+        with pyro.validation_enabled(False), torch.autocast("cpu", torch.bfloat16, enabled=road == "bfloat16"):
+            value = loss(x, y, 1.0)
         value.backward()
         optimizer.step()
         guide.project_()
