@@ -11,7 +11,8 @@ The KL of spike and slab is weighted by a temperature below one.  With weight on
 3.98% of validation errors: closing a gate spares the whole divergence of its weights, thousands of nats while they are
 still narrow, and gates close before weights have found their width.  Holding the gates open meanwhile is no remedy
 (weights then widen to their prior, where a unit that does nothing costs nothing and stays: 400-400 after ten epochs,
-and 3.66%).  ``--kl 2`` doubles all weights, in runs of their own; of several runs of a case and seed the report takes
+and 3.66%).  LeNet-5-Caffe with SS-GHS, from random weights for 8 and 24 epochs, ended with 14-30-4 units, 2.99% of its
+parameters, and 1.26% of validation errors: it starts from the dense network instead.  ``--kl 2`` doubles all weights, in runs of their own; of several runs of a case and seed the report takes
 the one with the fewest validation errors among those that are as small as the limits ask (all, if none is).
 """
 
@@ -54,8 +55,8 @@ UNITS = {"test error": "%", "parameters kept": "%", "MACs": "", "test NLL": "nat
 class Case:
     """A network, a family and the published limits; ``stages`` are epochs, of which the last fall to rate zero.
 
-    ``temperatures`` weigh the KL in each stage.  With ``schedule`` the first stage goes layer by layer, from a network
-    that is trained already.
+    ``temperatures`` weigh the KL in each stage.  With ``schedule`` the first stage goes layer by layer.  What
+    ``is_trained`` starts from the dense network, the others from random weights.
     """
 
     build: Any
@@ -68,6 +69,7 @@ class Case:
     lr: float = 3e-3
     batch_size: int = 128
     schedule: LayerByLayer | None = None
+    is_trained: bool = False
 
 
 SPIKES = {"num_draws": 16, "gate_lr": 2.0, "scale_lr": 3.0, "initial_log_scale": -4.0}
@@ -77,16 +79,16 @@ CASES = {
         {"test error": 2.70, "parameters kept": 6.2},
     ),
     "LeNet-5-Caffe, SS-GHS": Case(
-        lenet_5_caffe, (1, 28, 28), "spike_and_slab_horseshoe", SPIKES, (8, 24), (0.2, 0.1),
-        {"test error": 1.02, "parameters kept": 2.92},
+        lenet_5_caffe, (1, 28, 28), "spike_and_slab_horseshoe", SPIKES, (6, 20), (0.2, 0.1),
+        {"test error": 1.02, "parameters kept": 2.92}, is_trained=True,
     ),
     "LeNet-5-Caffe, SS-GL": Case(
-        lenet_5_caffe, (1, 28, 28), "spike_and_slab_lasso", SPIKES, (8, 24), (0.2, 0.1),
-        {"test error": 1.16, "parameters kept": 3.17},
+        lenet_5_caffe, (1, 28, 28), "spike_and_slab_lasso", SPIKES, (6, 20), (0.2, 0.1),
+        {"test error": 1.16, "parameters kept": 3.17}, is_trained=True,
     ),
     "LeNet-5-Caffe, recursive": Case(
         lenet_5_caffe, (1, 28, 28), "recursive", {"num_draws": 16, "noise_lr": 5.0}, (15, 10), (10.0, 10.0),
-        {"test error": 0.86, "MACs": 212_802}, lr=1e-3, schedule=LayerByLayer(),
+        {"test error": 0.86, "MACs": 212_802}, lr=1e-3, schedule=LayerByLayer(), is_trained=True,
     ),
 }  # fmt: skip
 
@@ -161,8 +163,8 @@ def run(name: str, case: Case, seed: int, data: Mnist, runs: Path, folder: Path)
 
 
 def make_net(case: Case, seed: int, data: Mnist, runs: Path) -> nn.Module:
-    """The network to start from: trained where a schedule prunes it, else as it is initialised."""
-    if case.schedule is not None:
+    """The network to start from, trained or not."""
+    if case.is_trained:
         return make_dense("lenet_5_caffe", seed, data, runs)
     with seeded(seed):
         net: nn.Module = case.build()
