@@ -12,8 +12,9 @@ The KL of spike and slab is weighted by a temperature below one.  With weight on
 still narrow, and gates close before weights have found their width.  Holding the gates open meanwhile is no remedy
 (weights then widen to their prior, where a unit that does nothing costs nothing and stays: 400-400 after ten epochs,
 and 3.66%).  LeNet-5-Caffe with SS-GHS, from random weights for 8 and 24 epochs, ended with 14-30-4 units, 2.99% of its
-parameters, and 1.26% of validation errors: it starts from the dense network instead.  ``--kl 2`` doubles all weights, in runs of their own; of several runs of a case and seed the report takes
-the one with the fewest validation errors among those that are as small as the limits ask (all, if none is).
+parameters, and 1.26% of validation errors: it starts from the dense network instead.  ``--kl 2`` doubles all weights,
+in runs of their own; of several runs of a case and seed the report takes the one with the fewest validation errors
+among those that are as small as the limits ask (all, if none is).
 """
 
 from __future__ import annotations
