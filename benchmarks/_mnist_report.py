@@ -63,25 +63,31 @@ INTRODUCTION = (
 def write_report(
     runs: Path, data: Path, networks: Mapping[str, tuple[Any, tuple[int, ...]]], settings: Mapping[str, Any], to: Path
 ) -> None:
-    """``mnist_compression.json``, ``.md`` and ``.png`` in the folder ``to`` from every file below ``runs``."""
+    """``mnist_compression.json``, ``.md`` and ``.png`` in the folder ``to`` from every file below ``runs``.
+
+    Methods and seeds that the result of an earlier run has, and that were not run to the end here, keep their numbers.
+    """
     found: dict[str, Any] = {}
+    before = json.loads(path.read_text()) if (path := to / "mnist_compression.json").exists() else {}
     lines = ["# mnist_compression", "", INTRODUCTION, ""]
     for name in (n for n in networks if (runs / n).is_dir()):
         build, shape = networks[name]
         test = load_test(data, shape)
-        points = [read_point(file, test) for file in sorted((runs / name).glob("*-*/*.json"))]
+        stored = before.get("networks", {}).get(name, {})
+        points = list(read_points(runs / name, test, stored.get("points", []), before.get("date", "")))
         dense = [read_dense(file, build, test) for file in sorted((runs / name).glob("dense-*.pt"))]
         means = list(average(points))
         int8 = measure_int8(runs / name / "dense-0.pt", build, data, shape, test)
         found[name] = {"dense": dense, "int8": int8, "points": points, "means": means}
         lines += tabulate(name, dense, int8, means)
-        lines += [describe_seeds(means), ""]
+        lines += [describe_seeds(means) + describe_earlier(points), ""]
         if name == "lenet_5_caffe" and points:
-            found[name]["speed"] = speed = measure_speed(runs / name, build, means, test)
+            speed = measure_speed(runs / name, build, means, test) or stored["speed"]
+            found[name]["speed"] = speed
             lines += [describe_speed(speed), ""]
     seeds = sorted({p["seed"] for network in found.values() for p in network["points"]})
     record = describe_run("mnist_compression", seeds, "--data FOLDER")
-    trained = sorted({p["place"] for network in found.values() for p in network["points"]})
+    trained = sorted({p["place"] for network in found.values() for p in network["points"] if "place" in p})
     lines += [f"Trained on {' and '.join(trained)}.", *print_run(record)]
     to.mkdir(exist_ok=True)
     everything = record | {"settings": settings, "networks": found}
@@ -89,6 +95,17 @@ def write_report(
     (to / "mnist_compression.md").write_text("\n".join(lines) + "\n")
     draw(found, to)
     print("\n".join(lines))
+
+
+def read_points(folder: Path, test: Rows, stored: Sequence[dict[str, Any]], date: str) -> Iterator[dict[str, Any]]:
+    """Points of methods and seeds that are done here, and else those stored, or what there is of them here."""
+    left = {(p["method"], p["seed"]) for p in stored}
+    for place in sorted(p for p in folder.glob("*-*") if p.is_dir()):
+        method, _, seed = place.name.rpartition("-")
+        if (place / "done").exists() or (method, int(seed)) not in left:
+            left.discard((method, int(seed)))
+            yield from (read_point(file, test) for file in sorted(place.glob("*.json")))
+    yield from ({"measured": date} | p for p in stored if (p["method"], p["seed"]) in left)
 
 
 def read_point(file: Path, test: Rows) -> dict[str, Any]:
@@ -192,6 +209,15 @@ def describe_seeds(means: Sequence[dict[str, Any]]) -> str:
     return "Seeds run: " + "; ".join(f"{label}: {', '.join(map(str, s)) or 'none'}" for label, s in seeds.items()) + "."
 
 
+def describe_earlier(points: Sequence[dict[str, Any]]) -> str:
+    """What was measured by an earlier run, whose dense networks were others of the same seeds."""
+    earlier = sorted({(LABELS[p["method"]], p["seed"], p["measured"]) for p in points if "measured" in p})
+    if not earlier:
+        return ""
+    words = "; ".join(f"{label}: seed {seed}, {date}" for label, seed, date in earlier)
+    return f"  Measured earlier, from dense networks of another run with the same seeds: {words}."
+
+
 def pick(means: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The middle stop of every method."""
     by_method = [[m for m in means if m["method"] == method] for method in LABELS]
@@ -255,12 +281,15 @@ class Calibration(CalibrationDataReader):
         return next(self.batches, None)
 
 
-def measure_speed(folder: Path, build: Any, means: Sequence[dict[str, Any]], test: Rows) -> dict[str, Any]:
-    """Dense against the largest Bayesian file with a mean test error of at most 1 %, or the most accurate one."""
+def measure_speed(folder: Path, build: Any, means: Sequence[dict[str, Any]], test: Rows) -> dict[str, Any] | None:
+    """Dense against the smallest Bayesian file with a test error of at most 1 %, or the most accurate one, if here."""
     ours = [m for m in means if m["method"] != "recipe"]
     good = [m for m in ours if m["test_error"] <= 1.0] or [min(ours, key=lambda m: m["test_error"])]
     chosen = max(good, key=lambda m: DENSE_BYTES["lenet_5_caffe"] / m["bytes"])
-    compact = unpack(folder / f"{chosen['method']}-0" / f"{chosen['stop']}.rbc")
+    coded = folder / f"{chosen['method']}-0" / f"{chosen['stop']}.rbc"
+    if not coded.exists():
+        return None
+    compact = unpack(coded)
     times = measure_latency({"dense": build().eval(), "compact": compact}, test[0][:8192], repeats=5)
     ratio = times["dense"] / times["compact"]
     return {"stop": chosen["stop"], "method": chosen["method"], "bytes": chosen["bytes"], "ratio": ratio, **times}
