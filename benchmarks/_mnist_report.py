@@ -317,10 +317,11 @@ def draw(networks: Mapping[str, Any], to: Path) -> None:
                 axis.plot([m["bytes"] for m in rows], [m["test_error"] for m in rows], "o-", label=label, markersize=4)
         if name in REFERENCE:
             axis.plot(*zip(*REFERENCE[name], strict=True), "k--", linewidth=0.9, label="recipe as reported earlier")
-        for label, ratio, error in PUBLISHED[name]:
-            axis.plot(DENSE_BYTES[name] / ratio, error, "kx", markersize=5)
+        for number, (label, ratio, error) in enumerate(PUBLISHED[name]):
+            spot = (DENSE_BYTES[name] / ratio, error)
+            axis.plot(*spot, "kx", markersize=5)
             axis.annotate(
-                label, (DENSE_BYTES[name] / ratio, error), fontsize=7, xytext=(3, 3), textcoords="offset points"
+                label, spot, fontsize=7, ha="right", xytext=(-4, 3 if number % 2 else -9), textcoords="offset points"
             )
         axis.set(title=name.replace("_", "-"), xlabel="bytes of the file", ylabel="test error, %", xscale="log")
         axis.grid(alpha=0.3, which="both")
