@@ -146,9 +146,6 @@ def _report_change(name: str, runs: list[Row]) -> list[Row]:
         _row(f"{label}: sets whose reduced posterior covers that of the reduced model (k-hat <= {limit:.2f}; from "
              f"{khat.min():.2f} to {khat.max():.2f})", int(is_good.sum()), f"of {len(gain)}", "none", None),
         _row(f"{label}: k-hat of the whole fit", runs[0]["posterior_khat"], "", "none", None),
-        _row(f"{label}: sets of which the ELBO after re-adapting is below that before, by more than 2 errors",
-             int((realised < gain - 2 * np.concatenate([run["elbo_gain_se"] for run in runs])).sum()),
-             f"of {len(gain)}", "none", None),
     ]  # fmt: skip
     return rows
 

@@ -88,4 +88,3 @@ def test_the_table_ranks_changes_and_leaves_bad_khats_out(load) -> None:
     assert rows[5]["value"] == pytest.approx(1.0) and rows[5]["met"] == "yes" and "bad k-hat" in rows[5]["what"]
     assert rows[6]["value"] == pytest.approx(1.0) and "twelfth" in rows[6]["what"]
     assert rows[9]["value"] == 4 and "covers" in rows[9]["what"]
-    assert rows[11]["value"] == 1 and "below that before" in rows[11]["what"]
