@@ -33,7 +33,7 @@ def find_above(score: Tensor, cut: float) -> Tensor:
 
 
 def find_largest(scores: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Where the ``count`` largest finite scores are, float64, or all if there are fewer; of equal ones the first."""
+    """Where the ``count`` largest finite scores are, or all if there are fewer; of equal ones the first."""
     total = sum(int(chunk.isfinite().sum()) for chunk in _all_chunks(scores))
     gone = {name: torch.zeros(score.shape, dtype=torch.bool, device=score.device) for name, score in scores.items()}
     left = min(count, total)
@@ -73,7 +73,7 @@ def _find_cut(scores: Mapping[str, Tensor], count: int) -> tuple[int, int]:
 
 def _to_key(values: Tensor) -> Tensor:
     """Integers in the order of the numbers; the two zeros are one."""
-    bits = (values + 0.0).view(torch.int64)  # minus zero plus zero is zero
+    bits = (values.double() + 0.0).view(torch.int64)  # minus zero plus zero is zero
     return bits ^ ((bits >> 63) & 0x7FFF_FFFF_FFFF_FFFF)
 
 

@@ -45,6 +45,12 @@ def test_numbers_that_differ_in_the_last_bit() -> None:
         assert found.nonzero().squeeze(1).tolist() == find_by_sorting({"a": close}, count)
 
 
+def test_single_precision_beside_double() -> None:
+    scores = {"a": torch.tensor([3.0, -1.0, math.nan]), "b": torch.tensor([2.0, 4.0], dtype=torch.float64)}
+    found = find_largest(scores, 3)
+    assert found["a"].tolist() == [True, False, False] and found["b"].tolist() == [True, True]
+
+
 def test_chunks_are_views() -> None:
     tensor = torch.zeros(5, 7)
     for chunk in split_flat(tensor):
