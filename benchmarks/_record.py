@@ -57,6 +57,11 @@ def print_run(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def say_met(is_met: bool) -> str:
+    """For the last column of a row with a target."""
+    return "yes" if is_met else "MISSED"
+
+
 def write_result(name: str, rows: list[dict[str, Any]], *, seeds: list[int], notes: str, options: str = "") -> None:
     """Write ``results/<name>.json`` and ``.md``; each row has what, value, target and whether it is met."""
     record = describe_run(name, seeds, options) | {"notes": notes, "rows": rows}

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks._record import write_result
+from benchmarks._record import say_met, write_result
 from pyrobc.batches import seeded
 from pyrobc.demo import DEFAULT_FAMILY, load_digits
 from pyrobc.evidence import evidence
@@ -79,10 +79,10 @@ def main(threads: int) -> None:
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         text = f"{case}: evidence, {found['candidates']} networks ({found['processor']:.1f} s of the processor)"
         is_met = found["seconds"] <= limit
-        rows.append({"what": text, "value": found["seconds"], "unit": "s", "target": target, "met": _say(is_met)})
+        rows.append({"what": text, "value": found["seconds"], "unit": "s", "target": target, "met": say_met(is_met)})
         text = f"{case}: peak memory of the process ({found['before']:.2f} before)"
         is_met = found["peak"] <= GIGABYTES
-        rows.append({"what": text, "value": found["peak"], "unit": "GiB", "target": "<= 4", "met": _say(is_met)})
+        rows.append({"what": text, "value": found["peak"], "unit": "GiB", "target": "<= 4", "met": say_met(is_met)})
     load = os.getloadavg()[1]
     notes = (
         "Seconds of one call by the clock, each case in a process of its own; the full network is among the networks.  "
@@ -90,10 +90,6 @@ def main(threads: int) -> None:
         "processors; seconds of the processor are summed over threads."
     )
     write_result("evidence_cost", rows, seeds=[0], notes=notes, options=f"--threads {threads}")
-
-
-def _say(is_met: bool) -> str:
-    return "yes" if is_met else "MISSED"
 
 
 if __name__ == "__main__":

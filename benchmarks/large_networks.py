@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks._record import write_result
+from benchmarks._record import say_met, write_result
 from benchmarks.scoring_scale import read_memory
 from pyrobc.batches import TensorLoader, seeded
 from pyrobc.decide import decide
@@ -102,7 +102,7 @@ def main(arguments: argparse.Namespace) -> None:
         ratio, (total, left) = gates["peak"] / plain["peak"], gates["parameters"]
         sizes = f"{gates['peak'] / 2**30:.2f} / {plain['peak'] / 2**30:.2f} GiB"
         text = f"{name}, {total:,} to {left:,} parameters: peak memory, lift to files / plain training ({sizes})"
-        is_met = "yes" if ratio <= TARGET else "MISSED"
+        is_met = say_met(ratio <= TARGET)
         result.append({"what": text, "value": ratio, "unit": "x", "target": f"<= {TARGET:g}", "met": is_met})
         for stage, value in gates["seconds"].items():
             note = f" (plain: {plain['seconds']['fit']:.1f} s)" if stage == "fit" else ""

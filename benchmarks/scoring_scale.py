@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks._record import write_result
+from benchmarks._record import say_met, write_result
 from pyrobc.batches import seeded
 from pyrobc.decide import decide
 from pyrobc.folding import FoldedFamily
@@ -56,7 +56,7 @@ def draw_posterior(inputs: int, outputs: int, is_folded: bool) -> Posterior:
                 parameter.fill_(-4.0)
                 parameter[::10] = 0.0
     posterior = Posterior(model, guide, num_data=60_000)
-    posterior.input_rms = {name: torch.ones(inputs) for name in ("weight",)}
+    posterior.input_rms = {"weight": torch.ones(inputs)}
     return posterior
 
 
@@ -111,13 +111,13 @@ def main(sizes: list[int], threads: int) -> None:
             groups = f" in {number // OUTPUTS:,} groups" if road == "groups" else ""
             is_large = number >= 0.99 * SIZES[-1]
             text = f"{number:,} weights{groups}: seconds ({parts}; {worked:.3g} of the processor)"
-            is_met = _say(total <= TARGET_SECONDS) if is_large else "-"
+            is_met = say_met(total <= TARGET_SECONDS) if is_large else "-"
             target = f"<= {TARGET_SECONDS:g}" if is_large else "none"
             rows.append({"what": text, "value": total, "unit": "s", "target": target, "met": is_met})
             text = f"{number:,} weights{groups}: nanoseconds a weight"
             rows.append({"what": text, "value": 1e9 * total / number, "unit": "ns", "target": "none", "met": "-"})
             text = f"{number:,} weights{groups}: memory while scoring / that of means and log scales"
-            is_met = _say(memory <= TARGET_MEMORY) if is_large else "-"
+            is_met = say_met(memory <= TARGET_MEMORY) if is_large else "-"
             target = f"<= {TARGET_MEMORY:g}" if is_large else "none"
             rows.append({"what": text, "value": memory, "unit": "x", "target": target, "met": is_met})
             print(rows[-3]["what"], rows[-1]["value"], flush=True)
@@ -127,10 +127,6 @@ def main(sizes: list[int], threads: int) -> None:
     )
     options = f"--sizes {' '.join(map(str, sizes))} --threads {threads}"
     write_result("scoring_scale", rows, seeds=[0], notes=notes, options=options)
-
-
-def _say(is_met: bool) -> str:
-    return "yes" if is_met else "MISSED"
 
 
 if __name__ == "__main__":

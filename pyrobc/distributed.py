@@ -87,9 +87,9 @@ class Team:
 
     def average_norms_(self, model: nn.Module) -> None:
         """Mean over processes of the running statistics of batch normalisation, in place."""
-        norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
-        for statistic in (s for m in norms for s in (m.running_mean, m.running_var) if s is not None):
-            if self.size > 1:
+        if self.size > 1:
+            norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
+            for statistic in (s for m in norms for s in (m.running_mean, m.running_var) if s is not None):
                 self._talk(partial(distributed.all_reduce, statistic.div_(self.size)))
 
     def align_(self, *modules: nn.Module) -> None:

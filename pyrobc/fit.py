@@ -220,13 +220,15 @@ def _train_epoch(
             if on_step is not None:
                 on_step(run.guide, (run.epoch + min(1.0, batches / length)) / epochs)
             run.optimizer.zero_grad(set_to_none=True)
-            value, own = targets.new_zeros((), dtype=model.anchor.dtype), team.share(inputs, targets)
+            own = team.share(inputs, targets)
             if len(own[1]):
                 half = torch.autocast(targets.device.type, torch.bfloat16) if autocast else nullcontext()
                 check = pyro.validation_enabled(is_first and batches == 0)
                 with check, team.noise(seed, run.epoch, batches), half:
                     value = loss(*own, temperature)
                 value.backward()
+            else:  # fewer rows than processes
+                value = model.anchor.new_zeros(())
             value = team.sum_(run.guide.parameters(), value, len(own[1]) / len(targets))
             if clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(run.guide.parameters(), clip_norm)

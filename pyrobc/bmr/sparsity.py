@@ -39,10 +39,10 @@ from torch.distributions import Distribution
 
 from pyrobc.bmr.registry import Reduction, reduce
 from pyrobc.errors import ReductionError
+from pyrobc.selection import split_flat
 
 __all__ = ["HorseshoeFit", "LearnedInclusion", "fit_horseshoe", "learn_inclusion", "learn_log_odds", "optimise_reduced"]
 
-_CHUNK = 1 << 18  # prices looked at together
 _SAMPLE = 1 << 20  # prices at most that are all looked at in every step
 _STEEP = 0.95  # slope of the iteration above which Newton's steps are not trusted
 
@@ -109,7 +109,8 @@ def _iterate_log_odds(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log odds, shapes of the rate's Beta posterior, and the log odds that these came from."""
     prices = delta_f.detach().reshape(-1)
-    counts = [int((chunk < torch.inf).sum()) for chunk in prices.split(_CHUNK)]  # NaN is not less
+    chunks = split_flat(prices)
+    counts = [int((chunk < torch.inf).sum()) for chunk in chunks]  # NaN is not less
     total = sum(counts)
     if min(prior) <= 0 or not total:
         raise ReductionError(
@@ -125,7 +126,7 @@ def _iterate_log_odds(
         log_odds, is_near = _iterate_log_odds(sample, prior, tolerance, max_steps)[0], True
     for _ in range(max_steps):
         included, slope = torch.zeros(2, dtype=torch.float64)
-        for chunk, count in zip(prices.split(_CHUNK), counts, strict=True):
+        for chunk, count in zip(chunks, counts, strict=True):
             known = chunk if count == len(chunk) else chunk[chunk < torch.inf]
             rho = torch.sigmoid(log_odds - known.double())
             included += rho.sum()

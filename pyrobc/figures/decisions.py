@@ -83,15 +83,15 @@ def draw_rope_sensitivity(found: Sensitivity) -> Drawing:
 
 def _draw_kept(ax: Any, x: Any, kept: Mapping[str, Sequence[int]], chosen: float) -> tuple[int, int]:
     """A line for every block, or one for all where there are many; the smallest and the largest sum."""
-    total = np.sum([list(counts) for counts in kept.values()], axis=0)
+    total, room = np.sum([list(counts) for counts in kept.values()], axis=0), 1.08
     if 1 < len(kept) <= _MOST_LINES:
         for (name, counts), colour in zip(kept.items(), _LINES, strict=False):
             ax.plot(x, counts, color=colour, lw=1.4, label=name)
         ax.plot(x, total, color=INK, lw=0.8, label="all")
         ax.legend(loc="upper center", fontsize=8, ncols=4, columnspacing=1.2)
+        room += 0.12 * ((len(kept) + 4) // 4)  # for the legend's rows, above all lines
     else:
         ax.plot(x, total, color=COLOURS["keep"], lw=1.4)
     ax.axvline(chosen, color=INK, lw=0.7, ls=":")
-    rows = (len(kept) + 4) // 4 if len(kept) <= _MOST_LINES else 0  # of the legend, above all lines
-    ax.set_ylim(0, (1.08 + 0.12 * rows) * max(total.max(), 1))
+    ax.set_ylim(0, room * max(total.max(), 1))
     return int(total.min()), int(total.max())

@@ -73,7 +73,7 @@ def test_odds_learned_in_chunks_are_those_of_all_at_once(case: str, monkeypatch:
     assert plain == learn_inclusion(prices).log_odds
     passes = []
     step = torch.sigmoid
-    monkeypatch.setattr(sparsity, "_CHUNK", 400)
+    monkeypatch.setattr(selection, "CHUNK", 400)
     monkeypatch.setattr(sparsity, "_SAMPLE", 400)
     monkeypatch.setattr(torch, "sigmoid", lambda x: passes.append(len(x)) or step(x))
     chunked = learn_log_odds(prices)
