@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks._mnist import Rows, load_test
-from benchmarks._record import describe_run, print_run
+from benchmarks._record import describe_earlier, describe_run, join_points, print_run
 from pyrobc.codec import unpack
 from pyrobc.compare import count_macs
 from pyrobc.diagnose import diagnose
@@ -31,6 +31,7 @@ INTRODUCTION = (
 NUMBERS = (
     "test_error", "validation_error", "parameters", "nonzero", "macs", "bytes", "clusters", "nll", "ece", "seconds",
 )  # fmt: skip
+RUN = ("method", "seed", "epochs", "kl")  # what tells one run from another
 SHOWN_ERROR = 6.0  # percent, where the plot ends
 
 
@@ -42,17 +43,24 @@ def write_report(
     settings: Mapping[str, Any],
     to: Path,
 ) -> None:
-    """``methods_mnist.json``, ``.md`` and ``.png`` in the folder ``to`` from every file below ``runs``."""
+    """``methods_mnist.json``, ``.md`` and ``.png`` in the folder ``to`` from every file below ``runs``.
+
+    Runs that the result of an earlier call has, and that were not run to the end here, keep their numbers.
+    """
     found: dict[str, Any] = {}
+    before = json.loads(path.read_text()) if (path := to / "methods_mnist.json").exists() else {}
     lines = ["# methods_mnist", "", INTRODUCTION, ""]
     for name in (n for n in networks if (runs / n).is_dir()):
         build, shape = networks[name]
         test = load_test(data, shape)
         dense = {file.stem: read_dense(file, build) for file in sorted((runs / name).glob("dense-*.pt"))}
-        points = [read_point(file, dense, test) for file in sorted((runs / name).glob("*-kl*/*.json"))]
+        stored = before.get("networks", {}).get(name, {}).get("points", [])
+        points = read_points(runs / name, dense, test, stored, before.get("date", ""))
         if points:
             found[name] = {"points": points, "means": average(points, methods)}
             lines += tabulate(name, dense, points, found[name]["means"])
+            if earlier := describe_earlier(points, lambda p: f"{p['method']} at x{p['epochs']:g}, KL x{p['kl']:g}"):
+                lines += [earlier, ""]
     seeds = sorted({p["seed"] for network in found.values() for p in network["points"]})
     record = describe_run("methods_mnist", seeds, "--data FOLDER")
     lines += print_run(record)
@@ -68,6 +76,19 @@ def read_dense(file: Path, build: Any) -> nn.Module:
     net: nn.Module = build()
     net.load_state_dict(torch.load(file, weights_only=True))
     return net.eval()
+
+
+def read_points(
+    folder: Path, dense: Mapping[str, nn.Module], test: Rows, stored: Sequence[dict[str, Any]], date: str
+) -> list[dict[str, Any]]:
+    """Points of runs that are done here, and else those stored, or what there is of them here."""
+    here, done = [], set()
+    for place in sorted(folder.glob("*-kl*")):
+        points = [read_point(file, dense, test) for file in sorted(place.glob("*.json"))]
+        here += points
+        if (place / "done").exists():
+            done |= {tuple(point[name] for name in RUN) for point in points}
+    return join_points(here, done, stored, RUN, date)
 
 
 def read_point(file: Path, dense: Mapping[str, nn.Module], test: Rows) -> dict[str, Any]:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
 import statistics
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
-from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
-from benchmarks._mnist import Rows, load_mnist, load_test
-from benchmarks._record import describe_run, print_run
-from pyrobc.archive import quiet
+from benchmarks._mnist import Rows, load_test
+from benchmarks._mnist_onnx import compare_latency, measure_int8
+from benchmarks._record import describe_earlier, describe_run, join_points, print_run
 from pyrobc.codec import unpack
-from pyrobc.compare import measure_error, measure_latency
+from pyrobc.compare import measure_error
 
 __all__ = ["write_report"]
 
@@ -74,17 +70,18 @@ def write_report(
         build, shape = networks[name]
         test = load_test(data, shape)
         stored = before.get("networks", {}).get(name, {})
-        points = list(read_points(runs / name, test, stored.get("points", []), before.get("date", "")))
+        points = read_points(runs / name, test, stored.get("points", []), before.get("date", ""))
         dense = [read_dense(file, build, test) for file in sorted((runs / name).glob("dense-*.pt"))]
         means = list(average(points))
         int8 = measure_int8(runs / name / "dense-0.pt", build, data, shape, test)
         found[name] = {"dense": dense, "int8": int8, "points": points, "means": means}
         lines += tabulate(name, dense, int8, means)
-        lines += [describe_seeds(means) + describe_earlier(points), ""]
+        earlier = describe_earlier(points, lambda p: LABELS[p["method"]])
+        lines += [f"{describe_seeds(means)}  {earlier}".rstrip(), ""]
         if name == "lenet_5_caffe" and points:
             speed = measure_speed(runs / name, build, means, test) or stored["speed"]
             found[name]["speed"] = speed
-            lines += [describe_speed(speed), ""]
+            lines += [*describe_speed(speed), ""]
     seeds = sorted({p["seed"] for network in found.values() for p in network["points"]})
     record = describe_run("mnist_compression", seeds, "--data FOLDER")
     trained = sorted({p["place"] for network in found.values() for p in network["points"] if "place" in p})
@@ -97,15 +94,18 @@ def write_report(
     print("\n".join(lines))
 
 
-def read_points(folder: Path, test: Rows, stored: Sequence[dict[str, Any]], date: str) -> Iterator[dict[str, Any]]:
+def read_points(folder: Path, test: Rows, stored: Sequence[dict[str, Any]], date: str) -> list[dict[str, Any]]:
     """Points of methods and seeds that are done here, and else those stored, or what there is of them here."""
-    left = {(p["method"], p["seed"]) for p in stored}
-    for place in sorted(p for p in folder.glob("*-*") if p.is_dir()):
-        method, _, seed = place.name.rpartition("-")
-        if (place / "done").exists() or (method, int(seed)) not in left:
-            left.discard((method, int(seed)))
-            yield from (read_point(file, test) for file in sorted(place.glob("*.json")))
-    yield from ({"measured": date} | p for p in stored if (p["method"], p["seed"]) in left)
+    places = [p for p in folder.glob("*-*") if p.is_dir()]
+    done = [place for place in places if (place / "done").exists()]
+    here = [read_point(file, test) for place in places for file in sorted(place.glob("*.json"))]
+    return join_points(here, {split_name(place) for place in done}, stored, ("method", "seed"), date)
+
+
+def split_name(place: Path) -> tuple[str, int]:
+    """Method and seed of a folder."""
+    method, _, seed = place.name.rpartition("-")
+    return method, int(seed)
 
 
 def read_point(file: Path, test: Rows) -> dict[str, Any]:
@@ -209,15 +209,6 @@ def describe_seeds(means: Sequence[dict[str, Any]]) -> str:
     return "Seeds run: " + "; ".join(f"{label}: {', '.join(map(str, s)) or 'none'}" for label, s in seeds.items()) + "."
 
 
-def describe_earlier(points: Sequence[dict[str, Any]]) -> str:
-    """What was measured by an earlier run, whose dense networks were others of the same seeds."""
-    earlier = sorted({(LABELS[p["method"]], p["seed"], p["measured"]) for p in points if "measured" in p})
-    if not earlier:
-        return ""
-    words = "; ".join(f"{label}: seed {seed}, {date}" for label, seed, date in earlier)
-    return f"  Measured earlier, from dense networks of another run with the same seeds: {words}."
-
-
 def pick(means: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The middle stop of every method."""
     by_method = [[m for m in means if m["method"] == method] for method in LABELS]
@@ -245,64 +236,32 @@ def _turns_up(a: tuple[float, float], b: tuple[float, float], c: tuple[float, fl
     return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]) <= 0
 
 
-def measure_int8(file: Path, build: Any, data: Path, shape: tuple[int, ...], test: Rows) -> dict[str, Any]:
-    """The dense network as static int8 ONNX, calibrated on training rows."""
-    net = build()
-    net.load_state_dict(torch.load(file, weights_only=True))
-    rows = load_mnist(data, shape).train[0][:1000].numpy()
-    with tempfile.TemporaryDirectory() as folder:
-        plain, small = Path(folder) / "plain.onnx", Path(folder) / "int8.onnx"
-        example = (torch.zeros(2, *shape),)
-        with quiet():
-            program = torch.onnx.export(
-                net.eval(), example, dynamo=True, verbose=False, dynamic_shapes=({0: torch.export.Dim("batch")},)
-            )
-        model = program.model_proto
-        del model.graph.value_info[:]  # stale shapes stop the quantiser
-        plain.write_bytes(model.SerializeToString())
-        logging.getLogger().setLevel(logging.ERROR)
-        quantize_static(str(plain), str(small), Calibration(model.graph.input[0].name, rows))
-        session = onnxruntime.InferenceSession(str(small))
-        name = session.get_inputs()[0].name
-        wrong = 0
-        for x, y in zip(test[0].split(1000), test[1].split(1000), strict=True):
-            wrong += int((session.run(None, {name: x.numpy()})[0].argmax(1) != y.numpy()).sum())
-        return {"bytes": small.stat().st_size, "test_error": 100 * wrong / len(test[1])}
-
-
-class Calibration(CalibrationDataReader):
-    """Feeds training rows to the quantiser, a hundred at a time."""
-
-    def __init__(self, name: str, rows: Any) -> None:
-        self.batches = iter([{name: rows[i : i + 100]} for i in range(0, len(rows), 100)])
-
-    def get_next(self) -> Any:
-        """The next batch, None at the end."""
-        return next(self.batches, None)
-
-
 def measure_speed(folder: Path, build: Any, means: Sequence[dict[str, Any]], test: Rows) -> dict[str, Any] | None:
     """Dense against the smallest Bayesian file with a test error of at most 1 %, or the most accurate one, if here."""
     ours = [m for m in means if m["method"] != "recipe"]
     good = [m for m in ours if m["test_error"] <= 1.0] or [min(ours, key=lambda m: m["test_error"])]
-    chosen = max(good, key=lambda m: DENSE_BYTES["lenet_5_caffe"] / m["bytes"])
+    chosen = min(good, key=lambda m: m["bytes"])
     coded = folder / f"{chosen['method']}-0" / f"{chosen['stop']}.rbc"
     if not coded.exists():
         return None
-    compact = unpack(coded)
-    times = measure_latency({"dense": build().eval(), "compact": compact}, test[0][:8192], repeats=5)
-    ratio = times["dense"] / times["compact"]
-    return {"stop": chosen["stop"], "method": chosen["method"], "bytes": chosen["bytes"], "ratio": ratio, **times}
+    times = compare_latency(build().eval(), unpack(coded), test[0][:8192])
+    return {key: chosen[key] for key in ("stop", "method", "bytes")} | {"times": times}
 
 
-def describe_speed(speed: Mapping[str, Any]) -> str:
-    """One sentence."""
-    verdict = "aim of 10 met" if speed["ratio"] >= 10 else "at least 5 met" if speed["ratio"] >= 5 else "5 MISSED"
-    return (
-        f"CPU inference, batch 8192, one run, medians: dense {speed['dense']:.0f} ms, compact "
-        f"({LABELS[speed['method']]}, {speed['stop']}) {speed['compact']:.0f} ms: {speed['ratio']:.1f} times "
-        f"({verdict})."
-    )
+def describe_speed(speed: Mapping[str, Any]) -> list[str]:
+    """A table of run times."""
+    lines = [
+        f"CPU inference, batch 8192, one thread, one run, medians of interleaved calls: the dense network against "
+        f"{LABELS[speed['method']]}, {speed['stop']}.",
+        "",
+        "| run by | dense, ms | compact, ms | ratio | target | met |",
+        "|---|---|---|---|---|---|",
+    ]
+    for runner, (dense, compact) in speed["times"].items():
+        ratio = dense / compact
+        met = "yes, aim" if ratio >= 10 else "yes" if ratio >= 5 else "MISSED"
+        lines.append(f"| {runner} | {dense:.0f} | {compact:.0f} | {ratio:.1f} | >= 5, aim 10 | {met} |")
+    return lines
 
 
 def draw(networks: Mapping[str, Any], to: Path) -> None:

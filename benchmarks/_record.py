@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,35 @@ def print_run(record: Mapping[str, Any]) -> list[str]:
         f"{machine['cpu']}, {machine['threads']} thread(s);",
         ", ".join(f"{package} {number}" for package, number in versions.items()) + ".",
     ]
+
+
+def join_points(
+    here: Sequence[dict[str, Any]],
+    done: Collection[tuple[Any, ...]],
+    stored: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    date: str,
+) -> list[dict[str, Any]]:
+    """Points of runs that are ``done`` here, those ``stored`` of the others, and what is here of what is nowhere done.
+
+    ``names`` are what tells one run from another; what is taken from an earlier result gets its ``date``.
+    """
+
+    def tell_run(point: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(point[name] for name in names)
+
+    earlier = {tell_run(point) for point in stored} - set(done)
+    kept = [{"measured": date} | point for point in stored if tell_run(point) in earlier]
+    return [point for point in here if tell_run(point) not in earlier] + kept
+
+
+def describe_earlier(points: Sequence[dict[str, Any]], label: Callable[[dict[str, Any]], str]) -> str:
+    """What was measured by an earlier run, whose dense networks were others of the same seeds."""
+    earlier = sorted({(label(p), p["seed"], p["measured"]) for p in points if "measured" in p})
+    if not earlier:
+        return ""
+    words = "; ".join(f"{name}: seed {seed}, {date}" for name, seed, date in earlier)
+    return f"Measured earlier, from dense networks of another run with the same seeds: {words}."
 
 
 def say_met(is_met: bool) -> str:

@@ -39,7 +39,7 @@ NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "lenet_5_caffe": (lenet_5_caffe, (1, 28, 28)),
 }
 ROADS = {
-    "lenet_300_100": Road(levels=(3400, 2400, 1700, 1200, 850), coarseness=(2.5, 3.5)),
+    "lenet_300_100": Road(levels=(3400, 2400, 1700, 1200, 850), coarseness=(2.5, 3.5, 5.0, 7.0)),
     "lenet_5_caffe": Road(
         levels=(2400, 1700), coarseness=(1.75, 2.5, 4.0), trunk_scale=0.1, drop=0.0, max_scale=0.5, lr=2e-3,
         group_rounds=((4.0, 4), (8.0, 4), (16.0, 4)), budget=10_000, first=(3, 4, 4), later=(1, 6, 3),
