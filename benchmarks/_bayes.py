@@ -14,7 +14,7 @@ bits (a bit is worth 0.69 nats in all, 1.3e-5 a row), and less than the error as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,14 @@ __all__ = ["Road", "Stop", "compress_bayesian", "thin_to_levels"]
 
 @dataclass(frozen=True)
 class Road:
-    """Settings.
+    """Settings; ``levels`` are numbers of weights to leave, with how many posterior widths a grid's step has there.
 
     ``group_rounds`` are temperature and epochs of every fit of groups, ``budget`` the most parameters that the last one
     may leave; ``trunk_scale`` is that of the Laplace prior while weights leave; ``first`` and ``later`` are rounds,
     epochs a round, and epochs of falling rate, to the first level and to each later one.
     """
 
-    levels: tuple[int, ...]
-    coarseness: tuple[float, ...] = (2.0,)
+    levels: Mapping[int, tuple[float, ...]]
     temperature: float = 0.3
     trunk_scale: float = 0.08
     group_rounds: tuple[tuple[float, int], ...] = ((1.0, 8),)
@@ -105,7 +104,7 @@ def thin_to_levels(
     plain = TensorLoader(*train, batch_size=road.settle_batch_size)
     noisy = DroppedRows(train, road.drop, road.batch_size)
     refit_prior(posterior, "laplace", scale=road.trunk_scale)
-    for number, level in enumerate(road.levels):
+    for number, (level, coarsenesses) in enumerate(road.levels.items()):
         shared: dict[str, Any] = {"seed": 1000 * seed + number, "temperature": road.temperature, "progress": False}
         rounds, epochs, pause = road.later if number else road.first
         if level:
@@ -114,7 +113,7 @@ def thin_to_levels(
                 checkpoint=folder / f"level_{level}", **shared,
             )  # fmt: skip
         watch(f"trunk {level}", posterior)
-        wanted = [c for c in road.coarseness if f"{level}-{c:g}" not in skip]
+        wanted = [c for c in coarsenesses if f"{level}-{c:g}" not in skip]
         if not wanted:
             continue
         branch = posterior.copy()

@@ -109,12 +109,13 @@ METHODS = {
     ),
 }  # fmt: skip
 RECIPE = "magnitude recipe"
+COARSENESS = 2.5  # of grids, in posterior widths
 ENDINGS = {
     "lenet_300_100": Road(
-        levels=(0, 3400, 1700), coarseness=(2.5,), first=(4, 6, 6), later=(4, 6, 6), settle_epochs=8, grid_epochs=12
+        levels=dict.fromkeys((0, 3400, 1700), (COARSENESS,)), first=(4, 6, 6), later=(4, 6, 6), settle_epochs=8, grid_epochs=12
     ),
     "lenet_5_caffe": Road(
-        levels=(0, 5000, 2400), coarseness=(2.5,), trunk_scale=0.1, drop=0.0, lr=2e-3, first=(3, 4, 4),
+        levels=dict.fromkeys((0, 5000, 2400), (COARSENESS,)), trunk_scale=0.1, drop=0.0, lr=2e-3, first=(3, 4, 4),
         later=(3, 4, 4), settle_epochs=6, grid_epochs=8,
     ),
 }  # fmt: skip
@@ -204,8 +205,10 @@ def walk(
     folded = fold_scales(posterior, FIRST_WIDTH)
     ending = rescale(ENDINGS[name], scale)
     left = count_weights(folded)[0]
-    ending = dataclasses.replace(ending, levels=tuple(level for level in ending.levels if level < left))
-    skip = {f"{0 if stop == 'own' else stop}-{ending.coarseness[0]:g}" for stop in there}
+    ending = dataclasses.replace(
+        ending, levels={level: steps for level, steps in ending.levels.items() if level < left}
+    )
+    skip = {f"{0 if stop == 'own' else stop}-{COARSENESS:g}" for stop in there}
     for stop in thin_to_levels(folded, rows, ending, seed, place, skip):
         yield str(stop.level or "own"), stop.net
 
