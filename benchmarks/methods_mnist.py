@@ -112,11 +112,12 @@ RECIPE = "magnitude recipe"
 COARSENESS = 2.5  # of grids, in posterior widths
 ENDINGS = {
     "lenet_300_100": Road(
-        levels=dict.fromkeys((0, 3400, 1700), (COARSENESS,)), first=(4, 6, 6), later=(4, 6, 6), settle_epochs=8, grid_epochs=12
+        levels=dict.fromkeys((0, 3400, 1700), (COARSENESS,)), first=(4, 6, 6), later=(4, 6, 6), settle_epochs=8,
+        grid_epochs=12,
     ),
     "lenet_5_caffe": Road(
-        levels=dict.fromkeys((0, 5000, 2400), (COARSENESS,)), trunk_scale=0.1, drop=0.0, lr=2e-3, first=(3, 4, 4),
-        later=(3, 4, 4), settle_epochs=6, grid_epochs=8,
+        levels=dict.fromkeys((0, 5000, 2400), (COARSENESS,)), trunk_scale=0.1, drop=0.0, lr=2e-3,
+        first=(3, 4, 4), later=(3, 4, 4), settle_epochs=6, grid_epochs=8,
     ),
 }  # fmt: skip
 RECIPES = {
