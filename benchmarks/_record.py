@@ -91,9 +91,20 @@ def say_met(is_met: bool) -> str:
     return "yes" if is_met else "MISSED"
 
 
-def write_result(name: str, rows: list[dict[str, Any]], *, seeds: list[int], notes: str, options: str = "") -> None:
-    """Write ``results/<name>.json`` and ``.md``; each row has what, value, target and whether it is met."""
-    record = describe_run(name, seeds, options) | {"notes": notes, "rows": rows}
+def write_result(
+    name: str,
+    rows: list[dict[str, Any]],
+    *,
+    seeds: list[int],
+    notes: str,
+    options: str = "",
+    details: Mapping[str, Any] | None = None,
+) -> None:
+    """Write ``results/<name>.json`` and ``.md``; each row has what, value, target and whether it is met.
+
+    ``details`` go into the JSON file only.
+    """
+    record = describe_run(name, seeds, options) | {"notes": notes, "rows": rows} | dict(details or {})
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     lines = [f"# {name}", "", notes, "", "| what | value | target | met |", "|---|---|---|---|"]

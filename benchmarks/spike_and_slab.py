@@ -14,9 +14,10 @@ still narrow, and gates close before weights have found their width.  Holding th
 and 3.66%).  LeNet-5-Caffe with SS-GHS, from random weights for 8 and 24 epochs, ended with 14-30-4 units, 2.99% of its
 parameters, and 1.26% of validation errors: it starts from the dense network instead.  SS-GL from there, at these
 weights of the KL, had 20-33-2 units and 32% of validation errors after its first stage; at a quarter of them 20-46-54
-and 1.02%, more parameters than the limit.  ``--kl 2`` doubles all weights, in runs of their own; of several runs of a
-case and seed the report takes the one with the fewest validation errors among those that are as small as the limits
-ask (all, if none is).
+and 1.02%, more parameters than the limit.  Recursive pruning with a divergence that counts channels left 13-28-64 at a
+weight of 10, and at 80 8-12-20, 272,840 MACs and 1.34%: it counts multiply-accumulates.  ``--kl 2`` doubles all
+weights, in runs of their own; of several runs of a case and seed the report takes the one with the fewest validation
+errors among those that are as small as the limits ask (all, if none is).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from torch import nn
 
 from benchmarks import _record
 from benchmarks._mnist import Mnist, load_mnist, load_test
+from benchmarks._record import describe_earlier, join_points
 from benchmarks.mnist_compression import SMOKE_ROWS, keep, make_dense, measure, shorten
 from pyrobc.batches import seeded
 from pyrobc.checkpoint import write_text
@@ -90,8 +93,8 @@ CASES = {
         {"test error": 1.16, "parameters kept": 3.17}, is_trained=True,
     ),
     "LeNet-5-Caffe, recursive": Case(
-        lenet_5_caffe, (1, 28, 28), "recursive", {"num_draws": 16, "noise_lr": 5.0}, (15, 10), (10.0, 10.0),
-        {"test error": 0.86, "MACs": 212_802}, lr=1e-3, schedule=LayerByLayer(), is_trained=True,
+        lenet_5_caffe, (1, 28, 28), "recursive", {"num_draws": 16, "noise_lr": 5.0, "counts": "macs"}, (15, 20),
+        (20.0, 5.0), {"test error": 0.86, "MACs": 212_802}, lr=1e-3, schedule=LayerByLayer(), is_trained=True,
     ),
 }  # fmt: skip
 
@@ -160,9 +163,16 @@ def run(name: str, case: Case, seed: int, data: Mnist, runs: Path, folder: Path)
         "parameters": [sum(p.numel() for p in n.parameters()) for n in (net, compact)],
         "macs": [sum(layer.macs for layer in m.spec.layers) for m in (model, posterior.model)],
         "widths": {block.name: block.size for block in posterior.model.spec.blocks},
+        "settings": describe_settings(case),
         "seconds": time.perf_counter() - start,
     }
     write_text(folder / "net.json", json.dumps(record, indent=1) + "\n")
+
+
+def describe_settings(case: Case) -> str:
+    """What a run's record says of its settings, besides epochs and weights of the KL."""
+    schedule = "" if case.schedule is None else f", {case.schedule}"
+    return f"batches of {case.batch_size}, lr {case.lr}, {case.settings}{schedule}"
 
 
 def make_net(case: Case, seed: int, data: Mnist, runs: Path) -> nn.Module:
@@ -175,7 +185,11 @@ def make_net(case: Case, seed: int, data: Mnist, runs: Path) -> nn.Module:
 
 
 def report(runs: Path, data: Path) -> None:
-    """Read the test rows, and write the table of all that is there."""
+    """Read the test rows, and write the table of all that is there, or was there when it was last written."""
+    stored = _record.RESULTS / "spike_and_slab.json"
+    before = json.loads(stored.read_text()) if stored.exists() else {}
+    here = [read_run(file, data) for file in sorted(runs.glob("*/net.json"))]
+    found = join_points(here, {(run["run"],) for run in here}, before.get("runs", []), ("run",), before.get("date", ""))
     rows: list[dict[str, Any]] = []
     notes = [
         "Targets of SS-GL and SS-GHS are results in the authors' logs (one seed, 1200 epochs, SiLU); of the recursive "
@@ -183,50 +197,55 @@ def report(runs: Path, data: Path) -> None:
         "ReLU, 55,000 training rows, and far fewer epochs.  Parameters are those that surgery leaves, with biases; "
         "inputs are not pruned."
     ]
-    found_files = {file: json.loads(file.read_text()) for file in sorted(runs.glob("*/net.json"))}
-    for file in choose(found_files):
-        found = found_files[file]
-        case = CASES[found["case"]]
-        error, nll = measure(decode(file.with_suffix(".rbc").read_bytes()), load_test(data, case.shape))
-        share = 100 * found["parameters"][1] / found["parameters"][0]
-        values = {"test error": error, "parameters kept": share, "MACs": found["macs"][1], "test NLL": nll}
-        for what, value in values.items():
-            limit = case.limits.get(what)
+    for run in choose(found):
+        limits = CASES[run["case"]].limits
+        share = 100 * run["parameters"][1] / run["parameters"][0]
+        values = {"test error": run["test_error"], "parameters kept": share, "MACs": run["macs"][1]}
+        for what, value in (values | {"test NLL": run["test_nll"]}).items():
+            limit = limits.get(what)
             target, met = ("none", "") if limit is None else (f"<= {limit:,}", "yes" if value <= limit else "MISSED")
-            title = f"{found['case']}, seed {found['seed']}: {what}"
+            title = f"{run['case']}, seed {run['seed']}: {what}"
             rows.append({"what": title, "value": value, "unit": UNITS[what], "target": target, "met": met})
-        rows[-1] |= found
-    if missing := [name for name in CASES if name not in {found["case"] for found in found_files.values()}]:
+    if missing := [name for name in CASES if name not in {run["case"] for run in found}]:
         notes.append(f"Not run to the end: {', '.join(missing)}.")
-    notes += [describe(found, CASES[found["case"]]) for found in found_files.values()]
-    seeds = sorted({found["seed"] for found in found_files.values()})
-    _record.write_result("spike_and_slab", rows, seeds=seeds, notes="\n\n".join(notes), options="--data FOLDER")
+    notes += [describe(run) for run in found]
+    notes += [words] if (words := describe_earlier(found, lambda run: run["case"])) else []
+    _record.write_result(
+        "spike_and_slab", rows, seeds=sorted({run["seed"] for run in found}), notes="\n\n".join(notes),
+        options="--data FOLDER", details={"runs": found},
+    )  # fmt: skip
 
 
-def choose(found: dict[Path, dict[str, Any]]) -> list[Path]:
+def read_run(file: Path, data: Path) -> dict[str, Any]:
+    """The record of a run, and what its decoded file does on test rows."""
+    found: dict[str, Any] = json.loads(file.read_text())
+    test = load_test(data, CASES[found["case"]].shape)
+    error, nll = measure(decode(file.with_suffix(".rbc").read_bytes()), test)
+    return found | {"run": file.parent.name, "test_error": error, "test_nll": nll}
+
+
+def choose(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each case and seed the run with the fewest validation errors, of those within the limits on size if any is."""
 
-    def is_too_large(file: Path) -> bool:
-        limits, record = CASES[found[file]["case"]].limits, found[file]
-        share = 100 * record["parameters"][1] / record["parameters"][0]
-        return share > limits.get("parameters kept", 100) or record["macs"][1] > limits.get("MACs", record["macs"][0])
+    def is_too_large(run: dict[str, Any]) -> bool:
+        limits, share = CASES[run["case"]].limits, 100 * run["parameters"][1] / run["parameters"][0]
+        return share > limits.get("parameters kept", 100) or run["macs"][1] > limits.get("MACs", run["macs"][0])
 
-    runs: dict[tuple[str, int], list[Path]] = {}
-    for file, record in found.items():
-        runs.setdefault((record["case"], record["seed"]), []).append(file)
-    return [min(files, key=lambda f: (is_too_large(f), found[f]["validation_error"])) for files in runs.values()]
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for run in found:
+        runs.setdefault((run["case"], run["seed"]), []).append(run)
+    return [min(several, key=lambda run: (is_too_large(run), run["validation_error"])) for several in runs.values()]
 
 
-def describe(found: dict[str, Any], case: Case) -> str:
+def describe(run: dict[str, Any]) -> str:
     """What one run was."""
-    widths = "-".join(str(size) for size in found["widths"].values())
-    schedule = "" if case.schedule is None else f", {case.schedule}"
+    widths = "-".join(str(size) for size in run["widths"].values())
     return (
-        f"{found['case']}, seed {found['seed']}: {widths} units left, {found['parameters'][1]:,} of "
-        f"{found['parameters'][0]:,} parameters, {found['macs'][1]:,} of {found['macs'][0]:,} MACs, "
-        f"{found['bytes']:,} bytes, validation error {found['validation_error']:.2f} %, "
-        f"stages of {found['stages']} epochs at KL weights {found['temperatures']}, "
-        f"batches of {case.batch_size}, lr {case.lr}, {case.settings}{schedule}, {found['seconds']:.0f} s."
+        f"{run['case']}, seed {run['seed']}: {widths} units left, {run['parameters'][1]:,} of "
+        f"{run['parameters'][0]:,} parameters, {run['macs'][1]:,} of {run['macs'][0]:,} MACs, "
+        f"{run['bytes']:,} bytes, validation error {run['validation_error']:.2f} %, test error "
+        f"{run['test_error']:.2f} %, stages of {run['stages']} epochs at KL weights {run['temperatures']}, "
+        f"{run['settings']}, {run['seconds']:.0f} s."
     )
 
 

@@ -33,15 +33,20 @@ geometrically from 0.05 to 0.005, then :math:`m_c < \max(2s, 0.01\max_j m_j)` is
 where they are, and the weights re-adapt.  Blocks to come are at one, without noise.  What is frozen multiplies the
 weights that read the channel, so nothing has to be absorbed before the network is cut.
 
+Costs.  With ``counts="macs"`` the KLs of block b are weighted by :math:`c_b = M_b / \bar M`, with :math:`M_b` the
+multiply-accumulates (per example) that the network loses with one channel of b and :math:`\bar M` its mean over
+channels: the threshold above becomes :math:`4 c_b/h`, so that what runs slowly has to be needed more.  Weights of a
+divergence are no prior, and this objective bounds no evidence.
+
 Reduction.  The ROPE :math:`|\theta| < \text{threshold}`, with the Normal's mass over that of :math:`t\varepsilon` under
 the prior; after the schedule the posterior of a channel is a point, and its odds are those of a point.  Baseline: the
 noise-to-signal ratio.
 
 What is the paper's and what is not.  From the abstract: multiplicative noise on channels, dependence across layers,
-a sparsity-inducing Dirac-like prior, and pruning layer by layer.  This noise, its prior, the threshold and the schedule
-are a **reconstruction**, checked against the argument above and nowhere against the authors' code; numbers of the paper
-are no target for it.  The multiplier acts where a channel is read, which for ReLU is the same function as on the
-pre-activation.
+a sparsity-inducing Dirac-like prior, and pruning layer by layer.  This noise, its prior, the threshold, the schedule
+and the weights by cost are a **reconstruction**, checked against the argument above and nowhere against the authors'
+code; numbers of the paper are no target for it.  The multiplier acts where a channel is read, which for ReLU is the
+same function as on the pre-activation.
 
 It is *not* structured Bayesian pruning, whose noise is learned in all layers at once.
 
@@ -54,7 +59,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -198,6 +203,7 @@ class Recursive(Family):
         weight_scale: standard deviation of the Normal prior of weights and biases.
         noise_lr: multiplier of the learning rate for the noise.
         num_draws: noise draws per minibatch, each for an equal run of examples; 0 draws one per example.
+        counts: ``channels``, the ELBO, or ``macs``: KLs are weighted by the multiply-accumulates of a channel.
     """
 
     name = "recursive"
@@ -220,7 +226,13 @@ class Recursive(Family):
         weight_scale: float = 1.0,
         noise_lr: float = 1.0,
         num_draws: int = 0,
+        counts: Literal["channels", "macs"] = "channels",
     ) -> None:
+        if counts not in ("channels", "macs"):
+            raise FamilyError(
+                f"family {self.name!r}", got=f"counts={counts!r}", allowed="'channels' or 'macs'",
+                fix="pass one of them",
+            )  # fmt: skip
         if not (width > 0 and largest >= 4 and weight_scale > 0):
             raise FamilyError(
                 f"family {self.name!r}",
@@ -229,7 +241,15 @@ class Recursive(Family):
                 fix="leave them out",
             )
         self.width, self.largest, self.weight_scale = width, largest, weight_scale
-        self.noise_lr, self.num_draws = noise_lr, num_draws
+        self.noise_lr, self.num_draws, self.counts = noise_lr, num_draws, counts
+
+    def kl_weights(self, spec: GroupSpec, num_data: int) -> dict[str, float]:
+        """One number per block where channels count by what they cost, one on average."""
+        if self.counts == "channels":
+            return {}
+        costs = {block.name: count_lost_macs(spec, block.name) for block in spec.blocks}
+        mean = sum(block.size * costs[block.name] for block in spec.blocks) / spec.num_groups
+        return {f"{name}.noise": cost / mean for name, cost in costs.items()} if mean > 0 else {}
 
     def prior(self, spec: GroupSpec, like: Tensor) -> dict[str, Distribution]:
         """Uniform scales, standard Normal noise, Normal parameters."""
@@ -291,3 +311,10 @@ class Recursive(Family):
             return torch.as_tensor(2.0 * (law.scale.log() - law.loc.abs().log()))
 
         return {"log_noise": Baseline("log_noise", log_noise, "log variance over squared mean")}
+
+
+def count_lost_macs(spec: GroupSpec, block: str) -> int:
+    """Multiply-accumulates per example that go with the first channel of a block."""
+    everything = spec.everything()
+    without = everything | {block: everything[block][1:]}
+    return spec.forecast(everything)[1] - spec.forecast(without)[1]

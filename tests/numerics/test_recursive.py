@@ -179,8 +179,50 @@ def test_digits_from_fit_to_surgery() -> None:
     torch.testing.assert_close(small(x), posterior.to_module()(x), rtol=0, atol=0.3)
 
 
+def test_channels_count_by_the_multiply_accumulates_that_go_with_them() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5), nn.ReLU(),
+        nn.Linear(5, 4),
+    )  # fmt: skip
+    family = make_family("recursive", counts="macs")
+    model = lift(net, family, "categorical", torch.zeros(1, 1, 6, 6), prune_inputs=False)
+    by_hand = {"0": 16 * 9 + 3 * 4 * 9, "2": 2 * 4 * 9 + 4 * 5, "5": 12 + 4}  # one channel: made, and read
+    mean = (2 * by_hand["0"] + 3 * by_hand["2"] + 5 * by_hand["5"]) / 10
+    weights = model.family.kl_weights(model.spec, 100)
+    assert weights == pytest.approx({f"{name}.noise": cost / mean for name, cost in by_hand.items()})
+    assert make_family("recursive").kl_weights(model.spec, 100) == {}
+
+
+def test_a_channel_has_to_be_needed_as_many_times_more_as_it_costs() -> None:
+    """Optima of quadratic fits under the weighted divergence: there if and only if the target squared is 4 c / h."""
+    net = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2), nn.ReLU(), nn.Linear(2, 1))
+    model = lift(
+        net.double(), make_family("recursive", counts="macs", width=1e-4), "normal", torch.zeros(1, 1, 6, 6).double(),
+        prune_inputs=False,
+    )  # fmt: skip
+    weights = model.family.kl_weights(model.spec, 1)
+    kls = {name: weights[f"{name}.noise"] for name in ("0", "3")}
+    assert kls["0"] > 4 * kls["3"]
+    curvature = 8 * kls["3"]  # one channel of the cheap block stays at one, of the dear one it does not
+    guide = model.new_guide()
+    noises = {name: noise_of(guide, name) for name in kls}
+    optimizer = torch.optim.Adam([noise.log_loc for noise in noises.values()], lr=0.05)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        divergences = model.family.kl(guide.distributions(), model.priors())
+        gap = sum((noise.log_loc.exp() - 1).square().sum() for noise in noises.values())
+        loss = sum(weights[f"{name}.noise"] * divergences[f"{name}.noise"] for name in kls) + 0.5 * curvature * gap
+        torch.as_tensor(loss).backward()
+        optimizer.step()
+    expected = (1 + math.sqrt(1 - 4 * kls["3"] / curvature)) / 2
+    assert noises["3"].log_loc.exp().tolist() == pytest.approx([expected] * 2, rel=1e-3)
+    assert float(noises["0"].log_loc.detach().exp()) < 0.01
+
+
 def test_settings_that_mean_nothing_are_refused() -> None:
     with pytest.raises(FamilyError, match="largest at least 4"):
         make_family("recursive", largest=1.0)
+    with pytest.raises(FamilyError, match="counts='weights'; allowed: 'channels' or 'macs'"):
+        make_family("recursive", counts="weights")
     with pytest.raises(ConfigError, match="0 < last_width"):
         LayerByLayer(first_width=0.001)
