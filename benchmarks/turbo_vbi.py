@@ -45,7 +45,7 @@ from pyrobc.models import lenet_300_100
 from pyrobc.posterior import Posterior
 from pyrobc.weights import count_weights, prune_weights
 
-RATES = {"chain": (1e-5, 3e-5, 1e-4), "independent": (1e-6, 3e-6, 1e-5)}
+RATES = {"chain": (3e-6, 1e-5, 3e-5, 1e-4), "independent": (1e-6, 3e-6, 1e-5)}
 LARGEST_ERROR = 5.0
 NOT_SHOWN = ("structure", "idle rate", "seed", "plain epoch", "epoch", "messages")
 LARGEST_SHARE = 0.10
