@@ -61,9 +61,9 @@ UNITS = {"test error": "%", "parameters kept": "%", "MACs": "", "test NLL": "nat
 class Case:
     """A network, a family and the published limits; ``stages`` are epochs, of which the last fall to rate zero.
 
-    ``temperatures`` weigh the KL in each stage.  With ``schedule`` the first stage goes layer by layer.  What
-    ``is_trained`` starts from the dense network, the others from random weights.  After the first stage the groups of
-    the lowest odds leave until ``budget`` parameters are left.
+    ``temperatures`` weigh the KL in each stage; the rate of the last begins at ``last_lr``.  With ``schedule`` the
+    first stage goes layer by layer.  What ``is_trained`` starts from the dense network, the others from random weights.
+    After the first stage the groups of the lowest odds leave until ``budget`` parameters are left.
     """
 
     build: Any
@@ -74,6 +74,7 @@ class Case:
     temperatures: tuple[float, ...]
     limits: dict[str, float]
     lr: float = 3e-3
+    last_lr: float = 3e-3
     batch_size: int = 128
     schedule: LayerByLayer | None = None
     is_trained: bool = False
@@ -147,8 +148,8 @@ def run(name: str, case: Case, seed: int, data: Mnist, runs: Path, folder: Path)
     for number, (epochs, temperature) in enumerate(zip(case.stages, case.temperatures, strict=True)):
         is_last = number == len(case.stages) - 1
         posterior = fit(
-            posterior.model, data.train, epochs=epochs, lr=case.lr, seed=seed, batch_size=case.batch_size,
-            temperature=temperature, schedule=anneal(epochs) if is_last else None,
+            posterior.model, data.train, epochs=epochs, lr=case.last_lr if is_last else case.lr, seed=seed,
+            batch_size=case.batch_size, temperature=temperature, schedule=anneal(epochs) if is_last else None,
             on_step=None if number else case.schedule, prune=None if number or case.schedule else PruneEachEpoch(),
             guide=posterior.guide, checkpoint=folder / f"stage_{number}.pt",
             on_epoch=lambda numbers: print(numbers, flush=True), progress=False,
@@ -175,7 +176,7 @@ def describe_settings(case: Case) -> str:
     """What a run's record says of its settings, besides epochs and weights of the KL."""
     schedule = "" if case.schedule is None else f", {case.schedule}"
     budget = "" if case.budget is None else f", at most {case.budget:,} parameters after the first stage"
-    return f"batches of {case.batch_size}, lr {case.lr}, {case.settings}{schedule}{budget}"
+    return f"batches of {case.batch_size}, lr {case.lr} and {case.last_lr}, {case.settings}{schedule}{budget}"
 
 
 def make_net(case: Case, seed: int, data: Mnist, runs: Path) -> nn.Module:
