@@ -1,6 +1,7 @@
 """The MNIST benchmarks go through from IDX files to their tables, on digits that are no MNIST."""
 
 import gzip
+import importlib
 import json
 import subprocess
 import sys
@@ -91,3 +92,18 @@ def test_methods_go_their_road_and_are_measured_from_their_files(tmp_path: Path)
         assert 0 < point["nonzero"] <= point["parameters"] <= 266_610 and point["clusters"] <= point["nonzero"]
         assert 0 <= point["test_error"] <= 100 and point["nll"] > 0 and 0 <= point["ece"] <= 1
     assert (runs / "methods_mnist.png").stat().st_size > 10_000
+
+
+def test_a_run_that_is_done_replaces_an_earlier_result_and_no_other_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    join_points = importlib.import_module("benchmarks._record").join_points
+    stored = [{"method": "a", "seed": 0, "bytes": 1}, {"method": "a", "seed": 1, "bytes": 2}]
+    here = [
+        {"method": "a", "seed": 0, "bytes": 3},  # done
+        {"method": "a", "seed": 1, "bytes": 4},  # begun only
+        {"method": "b", "seed": 0, "bytes": 5},  # begun, and never measured before
+    ]
+    joined = join_points(here, {("a", 0)}, stored, ("method", "seed"), "2026-01-01")
+    assert joined == [here[0], here[2], {"measured": "2026-01-01"} | stored[1]]
+    again = join_points([], set(), joined, ("method", "seed"), "2026-02-02")
+    assert again[2]["measured"] == "2026-01-01" and again[0]["measured"] == "2026-02-02"
