@@ -170,13 +170,13 @@ def find_frontier(means: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(networks: Mapping[str, Any], methods: Sequence[str], to: Path) -> None:
-    """Error against bytes: a panel for every network, for every method a line through its frontier."""
+    """Error against bytes: a panel for every network, for every method a line through its frontier of grids."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, max(1, len(networks)), figsize=(6 * max(1, len(networks)), 4.6), squeeze=False)
     for axis, (name, found) in zip(axes[0], networks.items(), strict=False):
         for number, method in enumerate(methods):
-            line = find_frontier([m for m in found["means"] if m["method"] == method])
+            line = find_frontier([m for m in found["means"] if m["method"] == method and m["stop"] != "floats"])
             shown = [m for m in line if m["test_error"] <= SHOWN_ERROR]
             axis.plot(
                 [m["bytes"] for m in shown], [m["test_error"] for m in shown], "os^"[number % 3] + "-", label=method,
