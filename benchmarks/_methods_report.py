@@ -50,15 +50,14 @@ def write_report(
     found: dict[str, Any] = {}
     before = json.loads(path.read_text()) if (path := to / "methods_mnist.json").exists() else {}
     lines = ["# methods_mnist", "", INTRODUCTION, ""]
-    for name in (n for n in networks if (runs / n).is_dir()):
-        build, shape = networks[name]
+    for name, (build, shape) in networks.items():
         test = load_test(data, shape)
         dense = {file.stem: read_dense(file, build) for file in sorted((runs / name).glob("dense-*.pt"))}
         stored = before.get("networks", {}).get(name, {}).get("points", [])
         points = read_points(runs / name, dense, test, stored, before.get("date", ""))
         if points:
             found[name] = {"points": points, "means": average(points, methods)}
-            lines += tabulate(name, dense, points, found[name]["means"])
+            lines += tabulate(name, build, points, found[name]["means"])
             if earlier := describe_earlier(points, lambda p: f"{p['method']} at x{p['epochs']:g}, KL x{p['kl']:g}"):
                 lines += [earlier, ""]
     seeds = sorted({p["seed"] for network in found.values() for p in network["points"]})
@@ -136,11 +135,9 @@ def average(points: Sequence[dict[str, Any]], methods: Sequence[str]) -> list[di
     return sorted(rows, key=lambda row: (methods.index(row["method"]), row["epochs"], row["kl"], -row["bytes"]))
 
 
-def tabulate(
-    name: str, dense: Mapping[str, nn.Module], points: Sequence[dict[str, Any]], means: Sequence[dict[str, Any]]
-) -> list[str]:
+def tabulate(name: str, build: Any, points: Sequence[dict[str, Any]], means: Sequence[dict[str, Any]]) -> list[str]:
     """One table."""
-    count = sum(p.numel() for p in next(iter(dense.values())).parameters())
+    count = sum(p.numel() for p in build().parameters())
     errors = {p["seed"]: p["dense_error"] for p in points}
     listed = ", ".join(f"{error:.2f} (seed {seed})" for seed, error in sorted(errors.items()))
     lines = [f"## {name}", "", f"Dense: {count:,} parameters, {4 * count:,} bytes, test error {listed} %.", ""]

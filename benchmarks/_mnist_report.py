@@ -71,14 +71,16 @@ def write_report(
     found: dict[str, Any] = {}
     before = json.loads(path.read_text()) if (path := to / "mnist_compression.json").exists() else {}
     lines = ["# mnist_compression", "", INTRODUCTION, ""]
-    for name in (n for n in networks if (runs / n).is_dir()):
-        build, shape = networks[name]
-        test = load_test(data, shape)
+    for name, (build, shape) in networks.items():
         stored = before.get("networks", {}).get(name, {})
+        if not stored and not (runs / name).is_dir():
+            continue
+        test = load_test(data, shape)
         points = read_points(runs / name, test, stored.get("points", []), before.get("date", ""))
-        dense = [read_dense(file, build, test) for file in sorted((runs / name).glob("dense-*.pt"))]
+        files = sorted((runs / name).glob("dense-*.pt"))
+        dense = [read_dense(file, build, test) for file in files] or stored["dense"]
         means = list(average(points))
-        int8 = measure_int8(runs / name / "dense-0.pt", build, data, shape, test)
+        int8 = measure_int8(files[0], build, data, shape, test) if files else stored["int8"]
         found[name] = {"dense": dense, "int8": int8, "points": points, "means": means}
         lines += tabulate(name, dense, int8, means)
         earlier = describe_earlier(points, lambda p: LABELS[p["method"]])
