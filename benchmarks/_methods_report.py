@@ -51,9 +51,11 @@ def write_report(
     before = json.loads(path.read_text()) if (path := to / "methods_mnist.json").exists() else {}
     lines = ["# methods_mnist", "", INTRODUCTION, ""]
     for name, (build, shape) in networks.items():
+        stored = before.get("networks", {}).get(name, {}).get("points", [])
+        if not stored and not (runs / name).is_dir():
+            continue
         test = load_test(data, shape)
         dense = {file.stem: read_dense(file, build) for file in sorted((runs / name).glob("dense-*.pt"))}
-        stored = before.get("networks", {}).get(name, {}).get("points", [])
         points = read_points(runs / name, dense, test, stored, before.get("date", ""))
         if points:
             found[name] = {"points": points, "means": average(points, methods)}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks._mnist import Rows, load_mnist
 from pyrobc.archive import quiet
+from pyrobc.compare import measure_latency, time_calls
 from pyrobc.export import convert
 
 __all__ = ["compare_latency", "measure_int8"]
@@ -60,17 +59,18 @@ class Calibration(CalibrationDataReader):
         return next(self.batches, None)
 
 
-def compare_latency(dense: nn.Module, compact: nn.Module, rows: Tensor, repeats: int = 7) -> dict[str, list[float]]:
-    """Median milliseconds of dense and compact, by what runs them; the calls alternate, so that noise meets both."""
-    pair, last = (dense, compact), torch.channels_last
+def compare_latency(dense: nn.Module, compact: nn.Module, rows: Tensor, repeats: int = 5) -> dict[str, list[float]]:
+    """Median milliseconds of dense and compact, by what runs them."""
+    pair = {"dense": dense, "compact": compact}
+    last = {"memory_format": torch.channels_last}
     runners = {
-        "PyTorch": [partial(net, rows) for net in pair],
-        "PyTorch, channels last": [
-            partial(copy.deepcopy(net).to(memory_format=last), rows.contiguous(memory_format=last)) for net in pair
-        ],
-        "ONNX Runtime": [open_session(net, rows) for net in pair],
+        "PyTorch": measure_latency(pair, rows, repeats),
+        "PyTorch, channels last": measure_latency(
+            {name: copy.deepcopy(net).to(**last) for name, net in pair.items()}, rows.contiguous(**last), repeats
+        ),
+        "ONNX Runtime": time_calls({name: open_session(net, rows) for name, net in pair.items()}, repeats),
     }
-    return {name: alternate(calls, repeats) for name, calls in runners.items()}
+    return {runner: [times["dense"], times["compact"]] for runner, times in runners.items()}
 
 
 def open_session(net: nn.Module, rows: Tensor) -> Callable[[], object]:
@@ -81,15 +81,3 @@ def open_session(net: nn.Module, rows: Tensor) -> Callable[[], object]:
         file = convert(net, folder, example_inputs=rows, onnx=True)["model.onnx"]
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     return partial(session.run, None, {session.get_inputs()[0].name: rows.numpy()})
-
-
-@torch.inference_mode()
-def alternate(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median milliseconds of each call, after a round of warm-up."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(repeats + 1):
-        for call, seen in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            seen.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(seen[1:]) for seen in times]

@@ -27,7 +27,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ import torch
 from torch import nn
 
 from benchmarks import _record
-from benchmarks._mnist import Mnist, load_mnist, load_test
+from benchmarks._mnist import Mnist, Rows, load_mnist, load_test
 from benchmarks._record import describe_earlier, join_points
 from benchmarks.mnist_compression import SMOKE_ROWS, keep, make_dense, measure, shorten
 from pyrobc.batches import seeded
@@ -193,7 +193,8 @@ def report(runs: Path, data: Path) -> None:
     """Read the test rows, and write the table of all that is there, or was there when it was last written."""
     stored = _record.RESULTS / "spike_and_slab.json"
     before = json.loads(stored.read_text()) if stored.exists() else {}
-    here = [read_run(file, data) for file in sorted(runs.glob("*/net.json"))]
+    tests = {shape: load_test(data, shape) for shape in {case.shape for case in CASES.values()}}
+    here = [read_run(file, tests) for file in sorted(runs.glob("*/net.json"))]
     found = join_points(here, {(run["run"],) for run in here}, before.get("runs", []), ("run",), before.get("date", ""))
     rows: list[dict[str, Any]] = []
     notes = [
@@ -221,11 +222,10 @@ def report(runs: Path, data: Path) -> None:
     )  # fmt: skip
 
 
-def read_run(file: Path, data: Path) -> dict[str, Any]:
-    """The record of a run, and what its decoded file does on test rows."""
+def read_run(file: Path, tests: Mapping[tuple[int, ...], Rows]) -> dict[str, Any]:
+    """The record of a run, and what its decoded file does on test rows of its shape."""
     found: dict[str, Any] = json.loads(file.read_text())
-    test = load_test(data, CASES[found["case"]].shape)
-    error, nll = measure(decode(file.with_suffix(".rbc").read_bytes()), test)
+    error, nll = measure(decode(file.with_suffix(".rbc").read_bytes()), tests[CASES[found["case"]].shape])
     return found | {"run": file.parent.name, "test_error": error, "test_nll": nll}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pyrobc.dependency import first_tensor
 from pyrobc.likelihoods import Likelihood, make_likelihood
 from pyrobc.slicing import call_network
 
-__all__ = ["compare", "count_macs", "describe_cpu", "measure_error", "measure_latency"]
+__all__ = ["compare", "count_macs", "describe_cpu", "measure_error", "measure_latency", "time_calls"]
 
 
 def compare(
@@ -85,15 +86,20 @@ def count_macs(net: nn.Module, inputs: Any) -> int:
     return int(counter.get_total_flops()) // 2 // len(first_tensor(inputs))
 
 
-@torch.no_grad()
 def measure_latency(networks: Mapping[str, nn.Module], inputs: Any, repeats: int = 30) -> dict[str, float]:
-    """Median milliseconds per call, calls interleaved so that a noisy machine is noisy for all."""
-    times: dict[str, list[float]] = {name: [] for name in networks}
+    """Median milliseconds per call of each network."""
+    values = {name: move(inputs, next(iter(net.parameters()))) for name, net in networks.items()}
+    return time_calls({name: partial(call_network, net, values[name]) for name, net in networks.items()}, repeats)
+
+
+@torch.no_grad()
+def time_calls(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median milliseconds per call after three rounds, interleaved so that a noisy machine is noisy for all."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 3):
-        for name, net in networks.items():
-            value = move(inputs, next(iter(net.parameters())))
+        for name, call in calls.items():
             start = time.perf_counter()
-            call_network(net, value)
+            call()
             times[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values[3:]) for name, values in times.items()}
 
