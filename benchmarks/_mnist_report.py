@@ -30,6 +30,8 @@ DENSE_WEIGHTS = {"lenet_300_100": 266_200, "lenet_5_caffe": 430_500}
 LABELS = {
     "group_normal_jeffreys": "GNJ, weights, grid",
     "group_horseshoe": "GHS, weights, grid",
+    "group_normal_jeffreys_supports": "GNJ, supports, grid",
+    "group_horseshoe_supports": "GHS, supports, grid",
     "recipe": "recipe (not Bayesian)",
 }
 REFERENCE = {

@@ -20,6 +20,7 @@ Scores are float64 and as many as weights; besides them memory holds a chunk.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import pyro.distributions as dist
@@ -72,7 +73,9 @@ def score_weights(posterior: Posterior, per: Unit = "weight") -> dict[str, Tenso
 
 
 @torch.no_grad()
-def prune_weights(posterior: Posterior, keep: int | None = None, per: Unit = "weight") -> int:
+def prune_weights(
+    posterior: Posterior, keep: int | None = None, per: Unit = "weight", prior: Mapping[str, Tensor] | None = None
+) -> int:
     """Delete weights of ``posterior``, in place; returns how many.
 
     Args:
@@ -81,6 +84,8 @@ def prune_weights(posterior: Posterior, keep: int | None = None, per: Unit = "we
             None deletes what has posterior odds above one.  NaN and infinite scores are never deleted, even if more
             are left then.
         per: see ``score_weights``; with a number to keep, single weights only.
+        prior: prior log odds of zero of each weight, nats, by parameter (``pyrobc.supports``); None: with a number to
+            keep those of all weights are alike, without one they are learned for each tensor.
     """
     if keep is not None and per != "weight":
         raise ReductionError(
@@ -89,13 +94,15 @@ def prune_weights(posterior: Posterior, keep: int | None = None, per: Unit = "we
         )  # fmt: skip
     factors, own = _normal_factors(posterior), _own_odds(posterior) if per == "weight" else {}
     scores = own or score_weights(posterior, per)
+    if prior is not None:
+        scores = {n: s + prior[n] if n in prior else s for n, s in scores.items()}
     if keep is not None:
         gone = find_largest(scores, _count_excess(factors, scores, keep))
-    elif own:
-        gone = {n: find_above(value, 0.0) for n, value in own.items()}
+    elif own or prior is not None:
+        gone = {n: find_above(odds, 0.0) for n, odds in scores.items()}
     else:
-        prior = {n: _learned_odds(s if per == "weight" else s[factors[n].kept].unique()) for n, s in scores.items()}
-        gone = {n: find_above(s, -prior[n]) for n, s in scores.items()}
+        learned = {n: _learned_odds(s if per == "weight" else s[factors[n].kept].unique()) for n, s in scores.items()}
+        gone = {n: find_above(s, -learned[n]) for n, s in scores.items()}
     removed = 0
     for name, where in gone.items():
         where &= factors[name].kept

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pyrobc.codec.coder import BitMeter
+from pyrobc.codec.geometry import Geometry
 from pyrobc.codec.nodes import NodeWriter
 from pyrobc.codec.steps import find_steps
 from pyrobc.codec.tensors import SPARSE, Form, code_sparse
 
-__all__ = ["price_bits", "price_entries"]
+__all__ = ["find_geometries", "price_bits", "price_entries"]
 
 Prices = tuple[NDArray[np.float64], NDArray[np.float64]]
 
@@ -48,6 +49,11 @@ def price_entries(
         shape = tuple(tensors[job.path].shape)
         prices[job.path] = spent.reshape(shape), -np.log2(1.0 - chances).reshape(shape)
     return prices
+
+
+def find_geometries(net: nn.Module) -> dict[str, Geometry]:
+    """By name of the state dict, where the columns of each tensor lie."""
+    return {job.path: job.geometry for job in _write_headers(net, None, None).jobs if job.geometry is not None}
 
 
 def price_bits(net: nn.Module) -> float:

@@ -106,6 +106,7 @@ LAYERS = {
         "run_record",
         "shifts",
         "sparsify",
+        "supports",
         "thinning",
         "cli",
     },

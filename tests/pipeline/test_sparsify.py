@@ -4,11 +4,13 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pyrobc.batches import seeded
+from pyrobc.codec import encode
 from pyrobc.fit import fit
 from pyrobc.folding import fold_scales
 from pyrobc.lift import lift
@@ -79,14 +81,18 @@ def test_the_fixed_point_gives_no_weights_to_inputs_without_effect(
     assert float(error) > 0.0
 
 
-def test_a_killed_run_resumes_to_the_same_bits(start: Posterior, data: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize("support_weight", [0.0, 0.5])
+def test_a_killed_run_resumes_to_the_same_bits(
+    start: Posterior, data: tuple[Tensor, Tensor], tmp_path: Path, support_weight: float
+) -> None:
     class Kill(Exception):
         pass
 
     def run(folder: Path | None, **more: Any) -> Posterior:
         return sparsify(
-            start, data, keep=24, rounds=3, epochs=2, settle_epochs=2, checkpoint=folder, **SETTINGS, **more
-        )
+            start, data, keep=24, rounds=3, epochs=2, settle_epochs=2, support_weight=support_weight,
+            checkpoint=folder, **SETTINGS, **more,
+        )  # fmt: skip
 
     whole = run(None)
     for stop in (1, 2, 3, 6, 7):
@@ -108,15 +114,44 @@ def test_a_killed_run_resumes_to_the_same_bits(start: Posterior, data: tuple[Ten
         assert resumed.model.family.prior_scales == whole.model.family.prior_scales
 
 
-def test_a_folder_of_a_run_with_another_number_is_not_resumed_from(
-    start: Posterior, data: tuple[Tensor, Tensor], tmp_path: Path
+@pytest.mark.parametrize("other", [{"keep": 20}, {"support_weight": 0.4}])
+def test_a_folder_of_a_run_with_other_settings_is_not_resumed_from(
+    start: Posterior, data: tuple[Tensor, Tensor], tmp_path: Path, other: dict[str, Any]
 ) -> None:
-    def run(keep: int, folder: Path | None) -> Posterior:
-        return sparsify(start, data, keep=keep, rounds=2, epochs=1, checkpoint=folder, **SETTINGS)
+    def run(folder: Path | None, keep: int = 30, support_weight: float = 0.0) -> Posterior:
+        return sparsify(
+            start, data, keep=keep, rounds=2, epochs=1, support_weight=support_weight, checkpoint=folder, **SETTINGS
+        )
 
-    run(30, tmp_path)
-    fresh, beside = bits(run(20, None)), bits(run(20, tmp_path))
+    run(tmp_path)
+    fresh, beside = bits(run(None, **other)), bits(run(tmp_path, **other))
     assert all(torch.equal(fresh[n], beside[n]) for n in fresh)
+
+
+@pytest.mark.parametrize("keep", [300, None])
+def test_a_prior_on_supports_makes_masks_cheaper(keep: int | None) -> None:
+    """Rows that see a patch of an image, under noise that leaves weights anywhere."""
+    with seeded(0):
+        x = torch.randn(500, 144)
+        patches = torch.zeros(12, 12, 12)
+        for unit in range(12):
+            i, j = 2 * (unit // 4), 2 * (unit % 4)
+            patches[unit, i : i + 4, j : j + 4] = 0.4
+        y = x @ patches.flatten(1).T + 0.8 * torch.randn(500, 12)
+        net = nn.Sequential(nn.Linear(144, 12))
+    model = lift(net, "group_normal_jeffreys", "normal", x[:2])
+    posterior = fit(model, (x, y), epochs=40, **SETTINGS).restricted({"input": np.arange(1, 144)})
+    bits_of_mask, error = {}, {}
+    for weight in (0.0, 1.0):
+        small = sparsify(
+            fold_scales(posterior), (x, y), keep=keep, rounds=3, epochs=3, support_weight=weight, **SETTINGS
+        )
+        assert keep is None or count_weights(small)[0] <= keep
+        net = small.to_module()
+        bits_of_mask[weight] = encode(net, bits=4)[1].parts["masks"]
+        error[weight] = float((net.requires_grad_(False)(x) - x @ patches.flatten(1).T).square().mean())
+    assert bits_of_mask[1.0] < 0.9 * bits_of_mask[0.0]
+    assert error[1.0] < error[0.0], "what is there lies in patches, and so the prior is right"
 
 
 def test_nothing_is_done_where_enough_have_left(start: Posterior, data: tuple[Tensor, Tensor]) -> None:

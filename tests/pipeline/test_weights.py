@@ -286,6 +286,25 @@ def test_the_odds_rule_is_the_sum_of_evidence_and_learned_odds() -> None:
     assert bool(is_kept[strong > 0].all()) and float(is_kept[strong == 0].float().mean()) < 0.05
 
 
+def test_prior_odds_are_added_to_the_evidence() -> None:
+    posterior = some_posterior()
+    scores = score_weights(posterior)
+    generator = torch.Generator().manual_seed(0)
+    prior = {
+        n: 5 * torch.randn(s.shape, generator=generator, dtype=s.dtype) for n, s in scores.items() if "weight" in n
+    }
+    total = {n: s + prior.get(n, 0.0) for n, s in scores.items()}
+
+    by_number = posterior.copy()
+    assert prune_weights(by_number, 20, prior=prior) == sum(s.numel() for s in scores.values()) - 20
+    least = torch.cat([t.flatten() for t in total.values()]).sort().values[19]
+    by_odds = posterior.copy()
+    prune_weights(by_odds, prior=prior)
+    for name in scores:
+        assert torch.equal(factors_of(by_number)[name].kept, total[name] <= least)
+        assert torch.equal(factors_of(by_odds)[name].kept, total[name] <= 0.0)
+
+
 def test_where_nothing_is_needed_the_odds_delete_all() -> None:
     posterior = with_weights(torch.zeros(1, 50), torch.full((1, 50), 0.05), 1.0)
     assert prune_weights(posterior) == 50 and prune_weights(posterior) == 0
