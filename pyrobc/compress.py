@@ -105,6 +105,7 @@ def compress(
     prune_each_epoch: bool = False,
     keep_weights: KeepWeights = None,
     coarseness: float | None = None,
+    support_weight: float = 0.0,
     num_draws: int = 200,
     evidence_rows: int = 1000,
     device: str | torch.device | None = None,
@@ -149,6 +150,8 @@ def compress(
             ``net`` between 0 and 1, ``"odds"`` for all that posterior odds keep, or None to delete none.
         coarseness: step of the grids that the numbers then move to, in posterior standard deviations, about 1 (fine) to
             4 (coarse); None for no grids.
+        support_weight: of a prior that learns where weights are and lets those amid others stay: smaller files of
+            networks on images, most from 0.2 to 0.5; 0 leaves it out.
         num_draws: posterior draws for the evidence.
         evidence_rows: training rows it looks at; its cost is draws times rows times the networks on the path.
         device: where to compute.
@@ -168,7 +171,7 @@ def compress(
         round_to=round_to, num_draws=num_draws, evidence_rows=evidence_rows, readapt_epochs=readapt_epochs,
         rounds=rounds, prune_each_epoch=prune_each_epoch, keep_weights=keep_weights,
     )  # fmt: skip
-    check_thinning(chosen, keep_weights, coarseness, readapt_epochs)
+    check_thinning(chosen, keep_weights, coarseness, support_weight, readapt_epochs)
     law, team = make_likelihood(likelihood), find_team()
     progress = progress and team.is_first
     loader = as_loader(data, batch_size=batch_size)
@@ -237,12 +240,13 @@ def compress(
             compact = posterior.to_module()
     if keep_weights is not None or coarseness is not None:
         posterior = thin(
-            posterior, loader, keep_weights=keep_weights, coarseness=coarseness,
+            posterior, loader, keep_weights=keep_weights, coarseness=coarseness, support_weight=support_weight,
             dense_parameters=cast(Plan, plan).parameters[0], epochs=max(1, readapt),
             folder=None if output is None else Path(output) / "checkpoints" / "weights", settings=settings,
         )  # fmt: skip
         history += posterior.history
-        plan = team.agree(record_thinning(cast(Plan, plan), model.spec, posterior, keep_weights, coarseness))
+        asked = {"keep_weights": keep_weights, "coarseness": coarseness, "support_weight": support_weight}
+        plan = team.agree(record_thinning(cast(Plan, plan), model.spec, posterior, asked))
         compact = posterior.to_module()
     result = Result(compact, cast(Plan, plan), posterior, *steps[0], history, example, dense=dense or net)
     result.sensitivity = sensitivity

@@ -40,13 +40,22 @@ _ROUNDS = 12
 
 
 def check_thinning(
-    family: Family, keep_weights: KeepWeights, coarseness: float | None, readapt_epochs: int | None
+    family: Family,
+    keep_weights: KeepWeights,
+    coarseness: float | None,
+    support_weight: float,
+    readapt_epochs: int | None,
 ) -> None:
     """Refuse, before the fit, settings that make no sense or that the family cannot follow.
 
     Raises:
         ConfigError: see the message.
     """
+    if not 0 <= support_weight < math.inf or (support_weight and keep_weights is None):
+        raise ConfigError(
+            "support_weight", got=f"{support_weight} with keep_weights={keep_weights}",
+            allowed="0, or a positive number together with keep_weights", fix="pass 0.3 and keep_weights=0.05",
+        )  # fmt: skip
     if keep_weights is None and coarseness is None:
         return
     is_number = isinstance(keep_weights, int | float) and not isinstance(keep_weights, bool)
@@ -81,6 +90,7 @@ def thin(
     *,
     keep_weights: KeepWeights,
     coarseness: float | None,
+    support_weight: float,
     dense_parameters: int,
     epochs: int,
     folder: Path | None,
@@ -93,6 +103,7 @@ def thin(
         data: training data.
         keep_weights: see ``KeepWeights``; None deletes none.
         coarseness: step of the grids in posterior standard deviations; None for no grids.
+        support_weight: see ``sparsify``.
         dense_parameters: what a share of ``keep_weights`` is taken of.
         epochs: epochs of re-adapting.
         folder: directory for checkpoints.
@@ -108,7 +119,7 @@ def thin(
             keep = max(1, round(keep_weights * dense_parameters)) if is_share else int(keep_weights)
         posterior = sparsify(
             posterior, data, keep=keep, rounds=rounds, epochs=max(1, round(epochs / rounds)), settle_epochs=epochs,
-            checkpoint=folder, **fixed,
+            support_weight=support_weight, checkpoint=folder, **fixed,
         )  # fmt: skip
         history += posterior.history
     if coarseness is not None:
@@ -123,17 +134,14 @@ def thin(
 
 
 @torch.no_grad()
-def record_thinning(
-    plan: Plan, spec: GroupSpec, posterior: Posterior, keep_weights: KeepWeights, coarseness: float | None
-) -> Plan:
+def record_thinning(plan: Plan, spec: GroupSpec, posterior: Posterior, asked: Mapping[str, Any]) -> Plan:
     """``plan`` with what ``thin`` did: units that left, weights that are left, steps of the grids, bytes of the file.
 
     Args:
         plan: of the cuts of groups.
         spec: groups of the plan's network.
         posterior: what ``thin`` returned.
-        keep_weights: as given.
-        coarseness: as given.
+        asked: the arguments of ``thin`` by name.
     """
     left = {b.name: np.arange(b.size) if b.origin is None else b.origin for b in posterior.model.spec.blocks}
     plan = remove_groups(plan, spec, left, "every weight that read it, or fed it, was deleted")
@@ -145,7 +153,7 @@ def record_thinning(
         weights["file_bytes"] = len(codec.encode(copy.deepcopy(net).cpu(), steps=steps)[0])
     except OutputError:  # an architecture that the format does not hold: ``save`` says so
         weights["file_bytes"] = None
-    rule = {**plan.rule, "keep_weights": keep_weights, "coarseness": coarseness, "weights": weights, "steps": steps}
+    rule = {**plan.rule, **asked, "weights": weights, "steps": steps}
     notes = [*plan.notes]
     if steps:
         notes.append(

@@ -114,7 +114,7 @@ def test_tables_show_what_is_not_zero_and_the_bytes(result: bc.Result, tmp_path:
 
 def test_without_the_arguments_nothing_changes(data: tuple[Tensor, Tensor]) -> None:
     plain = bc.compress(network(), data, **SETTINGS | {"epochs": 4})
-    assert not {"weights", "steps", "keep_weights", "coarseness"} & plain.plan.rule.keys()
+    assert not {"weights", "steps", "keep_weights", "coarseness", "support_weight"} & plain.plan.rule.keys()
     assert [row["name"] for row in tabulate(plain)] == ["parameters", "multiply-accumulates"]
 
 
@@ -124,7 +124,11 @@ def test_odds_and_numbers_and_grids_alone(data: tuple[Tensor, Tensor]) -> None:
     assert odds.plan.rule["keep_weights"] == "odds" and odds.plan.rule["steps"] == {}
     assert odds.plan.rule["weights"]["kept"] < odds.plan.rule["weights"]["total"] or odds.plan.parameters[1] < 40
     counted = bc.compress(network(), data, keep_weights=30, **short)
-    assert 20 <= counted.plan.rule["weights"]["kept"] <= 30
+    assert 20 <= counted.plan.rule["weights"]["kept"] <= 30 and counted.plan.rule["support_weight"] == 0.0
+    supported = bc.compress(network(), data, keep_weights=30, support_weight=0.5, **short)
+    assert 20 <= supported.plan.rule["weights"]["kept"] <= 30 and supported.plan.rule["support_weight"] == 0.5
+    kept, other = (r.net.state_dict() for r in (counted, supported))
+    assert any(kept[n].shape != other[n].shape or ((kept[n] == 0) != (other[n] == 0)).any() for n in kept)
     coarse = bc.compress(network(), data, coarseness=2.0, **short)
     assert coarse.plan.rule["weights"]["kept"] == coarse.plan.rule["weights"]["total"]
     assert coarse.plan.rule["steps"] and coarse.plan.rule["weights"]["file_bytes"] < 2 * coarse.plan.parameters[1]
@@ -142,6 +146,9 @@ def test_odds_and_numbers_and_grids_alone(data: tuple[Tensor, Tensor]) -> None:
         ({"coarseness": float("inf")}, "coarseness: got inf"),
         ({"keep_weights": 9, "family": "log_uniform", "family_args": {}}, "keep_weights with family 'log_uniform'"),
         ({"coarseness": 1.0, "family": "log_uniform", "family_args": {}}, "coarseness with family 'log_uniform'"),
+        ({"keep_weights": 9, "support_weight": -0.1}, r"support_weight: got -0\.1 .*allowed: 0, or a positive"),
+        ({"keep_weights": 9, "support_weight": float("nan")}, "support_weight: got nan"),
+        ({"support_weight": 0.3}, r"support_weight: got 0\.3 with keep_weights=None.*keep_weights=0\.05"),
         ({"keep_weights": 9, "readapt_epochs": 0}, "keep_weights with readapt_epochs: got 0; allowed: 1 or more"),
     ],
     ids=str,
