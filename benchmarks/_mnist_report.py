@@ -58,7 +58,8 @@ INTRODUCTION = (
     "dense networks, the recipe trains its own under its penalties; all use the same coder.  Settings were chosen on "
     "5,000 validation rows; the test rows were read only by the command below, after all networks were on disk.  "
     "Ratios are against float32 dense parameters.  At equal error, bytes are interpolated on the lower convex hull of "
-    "each method's points.  Pruning is the published column: dense weights over those of the smaller dense layers.  "
+    "each method's points.  *Supports*: weights leave under a prior that learns where they are (``pyrobc.supports``); "
+    "else by evidence alone.  Pruning is the published column: dense weights over those of the smaller dense layers.  "
     "Seconds are from one stop to the next on one thread of a shared machine, those of a resumed run its last part."
 )
 
@@ -156,12 +157,13 @@ def tabulate(
     name: str, dense: Sequence[dict[str, Any]], int8: Mapping[str, Any], means: Sequence[dict[str, Any]]
 ) -> list[str]:
     """Targets, the frontier of every method, what is published, and where the bytes are."""
-    size = DENSE_BYTES[name]
+    size, there = DENSE_BYTES[name], {m["method"] for m in means}
+    labels = {method: label for method, label in LABELS.items() if method in there}
     errors = ", ".join(f"{row['test_error']:.2f}" for row in dense)
     lines = [f"## {name}", "", f"Dense float32: {size:,} bytes of parameters, test error {errors} % by seed.", ""]
     lines += ["| target | met by (mean test error, bytes, ratio) |  |", "|---|---|---|"]
     for word, limit, ratio in TARGETS[name]:
-        for method, label in LABELS.items():
+        for method, label in labels.items():
             fits = [m for m in means if m["method"] == method and m["test_error"] <= limit]
             best = min(fits, key=lambda m: m["bytes"], default=None)
             got = (
@@ -171,10 +173,10 @@ def tabulate(
             )
             met = "yes" if best is not None and size / best["bytes"] >= ratio else "NO"
             lines.append(f"| {word}: <= {limit} % at >= {ratio}x; {label} | {got} | {met} |")
-    lines += ["", "| equal error | " + " | ".join(f"{label}, bytes" for label in LABELS.values()) + " |"]
-    lines += ["|---|" + "---|" * len(LABELS)]
+    lines += ["", "| equal error | " + " | ".join(f"{label}, bytes" for label in labels.values()) + " |"]
+    lines += ["|---|" + "---|" * len(labels)]
     for level in ERRORS[name]:
-        at = [interpolate([m for m in means if m["method"] == method], level) for method in LABELS]
+        at = [interpolate([m for m in means if m["method"] == method], level) for method in labels]
         lines.append(f"| {level} % | " + " | ".join("not reached" if b is None else f"{b:,.0f}" for b in at) + " |")
     lines += [
         "",
@@ -214,7 +216,7 @@ def describe_seeds(means: Sequence[dict[str, Any]]) -> str:
         label: sorted({s for m in means if m["method"] == method for s in m["seeds"]})
         for method, label in LABELS.items()
     }
-    return "Seeds run: " + "; ".join(f"{label}: {', '.join(map(str, s)) or 'none'}" for label, s in seeds.items()) + "."
+    return "Seeds run: " + "; ".join(f"{label}: {', '.join(map(str, s))}" for label, s in seeds.items() if s) + "."
 
 
 def pick(means: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
