@@ -62,7 +62,6 @@ class Road:
     settle_temperature: float = 1.0
     grid_epochs: int = 16
     grid_lr: float = 7e-4
-    support_weight: float = 0.0
     batch_size: int = 128
     settle_batch_size: int = 256
 
@@ -111,7 +110,7 @@ def thin_to_levels(
         if level:
             posterior = sparsify(
                 posterior, noisy, keep=level, rounds=rounds, epochs=epochs, settle_epochs=pause, lr=road.lr,
-                support_weight=road.support_weight, checkpoint=folder / f"level_{level}", **shared,
+                checkpoint=folder / f"level_{level}", **shared,
             )  # fmt: skip
         watch(f"trunk {level}", posterior)
         wanted = [c for c in coarsenesses if f"{level}-{c:g}" not in skip]

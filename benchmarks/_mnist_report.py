@@ -30,8 +30,6 @@ DENSE_WEIGHTS = {"lenet_300_100": 266_200, "lenet_5_caffe": 430_500}
 LABELS = {
     "group_normal_jeffreys": "GNJ, weights, grid",
     "group_horseshoe": "GHS, weights, grid",
-    "group_normal_jeffreys_supports": "GNJ, supports, grid",
-    "group_horseshoe_supports": "GHS, supports, grid",
     "recipe": "recipe (not Bayesian)",
 }
 REFERENCE = {
@@ -58,8 +56,7 @@ INTRODUCTION = (
     "dense networks, the recipe trains its own under its penalties; all use the same coder.  Settings were chosen on "
     "5,000 validation rows; the test rows were read only by the command below, after all networks were on disk.  "
     "Ratios are against float32 dense parameters.  At equal error, bytes are interpolated on the lower convex hull of "
-    "each method's points.  *Supports*: weights leave under a prior that learns where they are (``pyrobc.supports``); "
-    "else by evidence alone.  Pruning is the published column: dense weights over those of the smaller dense layers.  "
+    "each method's points.  Pruning is the published column: dense weights over those of the smaller dense layers.  "
     "Seconds are from one stop to the next on one thread of a shared machine, those of a resumed run its last part."
 )
 

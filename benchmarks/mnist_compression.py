@@ -34,9 +34,6 @@ from pyrobc.models import lenet_5_caffe, lenet_300_100
 
 RUNS = Path("runs/mnist_compression")
 FAMILIES = ("group_normal_jeffreys", "group_horseshoe")
-SUPPORTS = "_supports"  # after a family: weights leave under a prior that learns where they are
-SUPPORT_WEIGHT = 0.3
-METHODS = ("recipe", *FAMILIES, *(family + SUPPORTS for family in FAMILIES))
 NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "lenet_300_100": (lenet_300_100, (784,)),
     "lenet_5_caffe": (lenet_5_caffe, (1, 28, 28)),
@@ -74,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with MNIST's IDX files")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[*FAMILIES, "recipe"], default=["recipe", *FAMILIES])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=RUNS, help="where networks and checkpoints are kept")
     parser.add_argument("--part", action="store_true", help="train what these options name, and do not measure")
@@ -130,9 +127,7 @@ def walk(
     """Compact networks by the name of their stop."""
     there = {file.stem for file in place.glob("*.json")}
     if method != "recipe":
-        family = method.removesuffix(SUPPORTS)
-        road = ROADS[name] if family == method else dataclasses.replace(ROADS[name], support_weight=SUPPORT_WEIGHT)
-        for stop in compress_bayesian(dense, rows, family, road, seed, place, there):
+        for stop in compress_bayesian(dense, rows, method, ROADS[name], seed, place, there):
             yield f"{stop.level}-{stop.coarseness:g}", stop.net
         return
     with seeded(seed):
@@ -205,7 +200,6 @@ def make_dense(name: str, seed: int, data: Mnist, folder: Path) -> nn.Module:
 def describe_settings() -> dict[str, Any]:
     """All settings, for the result file."""
     return {
-        "support_weight": SUPPORT_WEIGHT,
         "roads": {name: dataclasses.asdict(road) for name, road in ROADS.items()},
         "recipes": {
             name: {"levels": levels} | dataclasses.asdict(settings) for name, (levels, settings) in RECIPES.items()

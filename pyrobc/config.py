@@ -100,7 +100,7 @@ class RunConfig:
         "weights that stay inside the groups: a number, a share of the dense parameters, or odds", None
     )
     coarseness: float | None = _key("step of the grids of numbers, in posterior standard deviations", None)
-    support_weight: float = _key("of a prior by which weights amid others stay, 0.2 to 0.5 for images", 0.0)
+    support_weight: float = _key("of a prior by which weights amid others stay, 0 to 1", 0.0)
     num_draws: int = _key("posterior draws for the evidence", 200)
     evidence_rows: int = _key("training rows the evidence looks at", 1000)
     device: str | None = _key("cpu, cuda, cuda:1, ...", None)

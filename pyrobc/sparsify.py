@@ -86,7 +86,7 @@ def sparsify(
         epochs: epochs of fitting after each.
         settle_epochs: epochs after the last one, with the learning rate annealed to zero.
         support_weight: of a prior that learns where weights are and lets those amid others stay (``pyrobc.supports``):
-            files become smaller, most from 0.2 to 0.5; 0 leaves it out.
+            masks become cheaper, at some cost in accuracy where what is needed lies anywhere; 0 leaves it out.
         seed: of all randomness; every round draws its own from it.
         checkpoint: directory for the checkpoint of each round; an interrupted call resumes from it.
         on_round: called after each round.

@@ -11,7 +11,8 @@ not.  With :math:`z_i` telling whether a weight is there, the posterior log odds
 an autologistic model (Besag 1974) for each tensor, its :math:`w` fitted to the mask as it is by the pseudo-likelihood
 :math:`\prod_i P(z_i \mid z_{-i})` (Besag 1975), with a little ridge.  :math:`\lambda = 1` is the prior itself; less
 tempers it: :math:`\Delta F` supposes that the other weights stay as they are, and a prior of full weight then keeps
-small weights amid others where one alone does the work.
+small weights amid others where one alone does the work.  Where what is needed lies in patches, both mask and error
+shrink; where it lies anywhere, a cheaper mask costs accuracy.
 
 For an entry at row r and column c of a tensor taken as a matrix, with :math:`\ell(n, m; s) = \ln\frac{n + s
 p}{m - n + s(1 - p)} - \ln\frac{p}{1 - p}` telling how much denser than all (p) are m entries of which n are there,
