@@ -181,7 +181,7 @@ def draw(networks: Mapping[str, Any], methods: Sequence[str], to: Path) -> None:
                 [m["bytes"] for m in shown], [m["test_error"] for m in shown], "os^"[number % 3] + "-", label=method,
                 color=plt.get_cmap("tab20")(number), linewidth=1, markersize=4,
             )  # fmt: skip
-        axis.set(title=name.replace("_", "-"), xlabel="bytes of the file", ylabel="test error, %", xscale="log")
+        axis.set(title=name.replace("_", "-"), xlabel="bytes of the file", ylabel="test error, %")
         axis.grid(alpha=0.3, which="both")
         axis.legend(frameon=False, fontsize=7)
     figure.tight_layout()
