@@ -49,7 +49,7 @@ from pyrobc.lifted_layers import LiftedLayer
 from pyrobc.meanfield import Factor, MeanFieldGuide, NormalFactor, PointFactor
 from pyrobc.posterior import Posterior
 
-__all__ = ["FoldedFamily", "check_folded", "fold_scales", "refit_prior"]
+__all__ = ["FoldedFamily", "check_folded", "find_normals", "fold_scales", "refit_prior"]
 
 _SMALLEST_SCALE = 1e-6
 PriorLaw = Literal["normal", "laplace"]
@@ -205,6 +205,13 @@ def check_folded(posterior: Posterior) -> FoldedFamily:
             allowed="a folded posterior: a weight's own law, without its group's scale", fix="call fold_scales first",
         )  # fmt: skip
     return family
+
+
+def find_normals(posterior: Posterior) -> dict[str, NormalFactor]:
+    """Factors of weights and biases; deleting a norm's scale deletes a channel, which is a matter of groups."""
+    sites, parameters = posterior.guide.by_site(), posterior.model.spec.parameters
+    names = [name for name, info in parameters.items() if info.kind in ("weight", "bias")]
+    return {n: f for n in names if isinstance(f := sites[n], NormalFactor)}
 
 
 def _find_reader(model: LiftedModel, site: str) -> LiftedLayer | None:

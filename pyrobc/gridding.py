@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrobc.errors import ConfigError
-from pyrobc.folding import check_folded
+from pyrobc.folding import check_folded, find_normals
 from pyrobc.meanfield import Factor, MeanFieldGuide, NormalFactor
 from pyrobc.posterior import Posterior
 
@@ -86,14 +86,10 @@ def move_to_grid(posterior: Posterior, coarseness: float, bias_coarseness: float
         )  # fmt: skip
     check_folded(posterior)
     moved = posterior.copy()
-    factors: dict[str, Factor] = {}
-    for site, factor in moved.guide.by_site().items():
-        info = moved.model.spec.parameters.get(site)
-        if info is not None and info.kind in ("weight", "bias") and isinstance(factor, NormalFactor):
-            width = _typical_width(factor)
-            step = (biases if info.kind == "bias" else coarseness) * width
-            factor = GridFactor(factor, step)
-        factors[site] = factor
+    factors: dict[str, Factor] = dict(moved.guide.by_site())
+    for name, factor in find_normals(moved).items():
+        is_bias = moved.model.spec.parameters[name].kind == "bias"
+        factors[name] = GridFactor(factor, (biases if is_bias else coarseness) * _typical_width(factor))
     moved.guide = MeanFieldGuide(factors)
     return moved
 

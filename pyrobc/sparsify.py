@@ -8,6 +8,7 @@ and the rounds end when none does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from pyrobc.dead_units import remove_dead_units
+from pyrobc.errors import ConfigError
 from pyrobc.fit import anneal, fit
 from pyrobc.folding import refit_prior
 from pyrobc.meanfield import MeanFieldGuide
@@ -24,7 +26,7 @@ from pyrobc.posterior import Posterior
 from pyrobc.supports import find_planes, price_supports
 from pyrobc.weights import count_weights, prune_weights
 
-__all__ = ["WeightCount", "sparsify"]
+__all__ = ["WeightCount", "check_support_weight", "sparsify"]
 
 _DELETIONS_PER_EPOCH = 8
 Price = Callable[[Posterior], dict[str, Tensor] | None]
@@ -92,6 +94,7 @@ def sparsify(
         on_round: called after each round.
         settings: of ``fit``.
     """
+    check_support_weight(support_weight, keep or "odds")
     posterior = posterior.copy()
     start = count_weights(posterior)[0]
     history: list[dict[str, float]] = []
@@ -136,6 +139,15 @@ def sparsify(
         posterior = refit(rounds, settle_epochs, schedule=anneal(settle_epochs))
     posterior.history = history or posterior.history
     return posterior
+
+
+def check_support_weight(weight: float, keep_weights: object) -> None:
+    """Refuse a weight that no prior has, or one where no weights leave."""
+    if not 0 <= weight < math.inf or (weight and keep_weights is None):
+        raise ConfigError(
+            "support_weight", got=f"{weight} with keep_weights={keep_weights}",
+            allowed="0, or a positive number together with keep_weights", fix="pass 0.3 and keep_weights=0.05",
+        )  # fmt: skip
 
 
 def _make_price(posterior: Posterior, weight: float) -> Price:

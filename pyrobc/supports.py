@@ -40,14 +40,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyrobc.codec import find_geometries
-from pyrobc.codec.geometry import Geometry
+from pyrobc.codec.geometry import REACH, Geometry
 from pyrobc.errors import OutputError
-from pyrobc.meanfield import NormalFactor
+from pyrobc.folding import find_normals
 from pyrobc.posterior import Posterior
 
 __all__ = ["find_planes", "price_supports", "score_support"]
 
-_REACH, _RIDGE, _NEWTON_STEPS, _LIMIT = 5, 1e-2, 8, 12.0
+_RIDGE, _NEWTON_STEPS, _LIMIT = 1e-2, 8, 12.0
 _CHUNK = 2**20  # entries whose features are there at once
 
 
@@ -69,11 +69,9 @@ def price_supports(posterior: Posterior, planes: Mapping[str, Geometry], weight:
         weight: lambda.
     """
     found = {}
-    for name, factor in posterior.guide.by_site().items():
-        info = posterior.model.spec.parameters.get(name)
-        if info is not None and info.kind in ("weight", "bias") and isinstance(factor, NormalFactor):
-            rows = factor.kept.flatten(1) if factor.kept.dim() > 1 else factor.kept[None]
-            found[name] = -weight * score_support(rows, planes.get(name)).reshape(factor.kept.shape)
+    for name, factor in find_normals(posterior).items():
+        rows = factor.kept.flatten(1) if factor.kept.dim() > 1 else factor.kept[None]
+        found[name] = -weight * score_support(rows, planes.get(name)).reshape(factor.kept.shape)
     return found
 
 
@@ -152,9 +150,9 @@ class _Plane:
         self.width, self.height = geometry.width, -(-geometry.size // geometry.width)
         self.blocks = int(block.max()) + 1
         self.cells = block * (self.height * self.width) + point
-        axis = torch.arange(-_REACH, _REACH + 1, dtype=torch.float64, device=device)
+        axis = torch.arange(-REACH, REACH + 1, dtype=torch.float64, device=device)
         distance = (axis[:, None].square() + axis.square()).sqrt()
-        kernel = torch.where((distance > 0) & (distance <= _REACH), (-distance / 2).exp(), 0.0)
+        kernel = torch.where((distance > 0) & (distance <= REACH), (-distance / 2).exp(), 0.0)
         nearest, diagonal = ((distance == d).double() for d in (1.0, math.sqrt(2.0)))
         self.kernels = torch.stack([kernel, nearest, diagonal])[:, None]
         self.possible = self.sum_up(torch.ones(1, len(positions), dtype=torch.float64, device=device))
@@ -163,7 +161,7 @@ class _Plane:
         """Under each kernel, ``(kernels, rows, columns)``."""
         canvas = rows.new_zeros(len(rows), self.blocks * self.height * self.width)
         canvas[:, self.cells] = rows
-        sums = F.conv2d(canvas.view(-1, 1, self.height, self.width), self.kernels, padding=_REACH)
+        sums = F.conv2d(canvas.view(-1, 1, self.height, self.width), self.kernels, padding=REACH)
         return sums.view(len(rows), self.blocks, 3, -1).transpose(1, 2).flatten(2)[..., self.cells].transpose(0, 1)
 
     def count(self, rows: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -28,7 +28,7 @@ from pyrobc.groups import GroupSpec
 from pyrobc.outcomes import remove_groups
 from pyrobc.plan import Plan
 from pyrobc.posterior import Posterior
-from pyrobc.sparsify import sparsify
+from pyrobc.sparsify import check_support_weight, sparsify
 from pyrobc.weights import count_weights
 
 __all__ = ["KeepWeights", "check_thinning", "record_thinning", "thin"]
@@ -51,11 +51,7 @@ def check_thinning(
     Raises:
         ConfigError: see the message.
     """
-    if not 0 <= support_weight < math.inf or (support_weight and keep_weights is None):
-        raise ConfigError(
-            "support_weight", got=f"{support_weight} with keep_weights={keep_weights}",
-            allowed="0, or a positive number together with keep_weights", fix="pass 0.3 and keep_weights=0.05",
-        )  # fmt: skip
+    check_support_weight(support_weight, keep_weights)
     if keep_weights is None and coarseness is None:
         return
     is_number = isinstance(keep_weights, int | float) and not isinstance(keep_weights, bool)

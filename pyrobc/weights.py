@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pyrobc.bmr import learn_log_odds, reduce
 from pyrobc.errors import BudgetError, ReductionError, suggest
-from pyrobc.folding import FoldedFamily, check_folded
+from pyrobc.folding import FoldedFamily, check_folded, find_normals
 from pyrobc.meanfield import NormalFactor
 from pyrobc.posterior import Posterior
 from pyrobc.selection import find_above, find_largest, split_flat
@@ -54,7 +54,7 @@ def score_weights(posterior: Posterior, per: Unit = "weight") -> dict[str, Tenso
         allowed = ", ".join(get_args(Unit))
         raise ReductionError("unit of deletion", got=repr(per), allowed=allowed, fix=suggest(str(per), get_args(Unit)))
     scores = {}
-    for name, factor in _normal_factors(posterior).items():
+    for name, factor in find_normals(posterior).items():
         found = torch.empty(factor.loc.shape, dtype=torch.float64, device=factor.loc.device)
         parts = (factor.mean(), factor.log_scale, factor.kept, found)
         for loc, log_scale, kept, out in zip(*map(split_flat, parts), strict=True):  # a chunk of float64 at a time
@@ -92,7 +92,12 @@ def prune_weights(
             "unit of deletion", got=f"{per!r} with keep={keep}", allowed="'weight', or no number to keep",
             fix="leave keep out: rows and kernels leave by their posterior odds",
         )  # fmt: skip
-    factors, own = _normal_factors(posterior), _own_odds(posterior) if per == "weight" else {}
+    if prior is not None and per != "weight":
+        raise ReductionError(
+            "unit of deletion", got=f"{per!r} with prior odds of weights", allowed="'weight', or no prior",
+            fix="leave prior out: odds of rows and kernels are learned",
+        )  # fmt: skip
+    factors, own = find_normals(posterior), _own_odds(posterior) if per == "weight" else {}
     scores = own or score_weights(posterior, per)
     if prior is not None:
         scores = {n: s + prior[n] if n in prior else s for n, s in scores.items()}
@@ -113,14 +118,14 @@ def prune_weights(
 
 def count_weights(posterior: Posterior) -> tuple[int, int]:
     """Weights and biases that are not deleted, and all there are."""
-    factors = _normal_factors(posterior).values()
+    factors = find_normals(posterior).values()
     return sum(int(f.kept.count_nonzero()) for f in factors), sum(f.kept.numel() for f in factors)
 
 
 def _own_odds(posterior: Posterior) -> dict[str, Tensor]:
     """Posterior log odds of zero where the family has them, NaN for other parameters; empty if it has none."""
     known = {} if isinstance(posterior.model.family, FoldedFamily) else posterior.weight_log_odds()
-    factors = _normal_factors(posterior) if known else {}
+    factors = find_normals(posterior) if known else {}
     return {n: known.get(n, torch.full_like(f.loc, torch.nan)) for n, f in factors.items()}
 
 
@@ -128,13 +133,6 @@ def _count_excess(factors: dict[str, NormalFactor], scores: dict[str, Tensor], k
     if not isinstance(keep, int) or keep < 1:
         raise BudgetError("weights to keep", got=repr(keep), allowed="a whole number from 1", fix="raise the number")
     return max(0, sum(int(factors[name].kept.count_nonzero()) for name in scores) - keep)
-
-
-def _normal_factors(posterior: Posterior) -> dict[str, NormalFactor]:
-    """Of weights and biases: deleting a normalisation's scale deletes its channel, which is a group's matter."""
-    sites, parameters = posterior.guide.by_site(), posterior.model.spec.parameters
-    names = [name for name, info in parameters.items() if info.kind in ("weight", "bias")]
-    return {n: f for n in names if isinstance(f := sites[n], NormalFactor)}
 
 
 def _learned_odds(scores: Tensor) -> float:

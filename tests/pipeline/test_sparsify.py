@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyrobc.batches import seeded
 from pyrobc.codec import encode
+from pyrobc.errors import ConfigError
 from pyrobc.fit import fit
 from pyrobc.folding import fold_scales
 from pyrobc.lift import lift
@@ -152,6 +153,12 @@ def test_a_prior_on_supports_makes_masks_cheaper(keep: int | None) -> None:
         error[weight] = float((net.requires_grad_(False)(x) - x @ patches.flatten(1).T).square().mean())
     assert bits_of_mask[1.0] < 0.9 * bits_of_mask[0.0]
     assert error[1.0] < error[0.0], "what is there lies in patches, and so the prior is right"
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_weights_that_no_prior_has_are_refused(start: Posterior, data: tuple[Tensor, Tensor], weight: float) -> None:
+    with pytest.raises(ConfigError, match="support_weight: got .*allowed: 0, or a positive number"):
+        sparsify(start, data, keep=30, support_weight=weight, **SETTINGS)
 
 
 def test_nothing_is_done_where_enough_have_left(start: Posterior, data: tuple[Tensor, Tensor]) -> None:

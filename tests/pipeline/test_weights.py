@@ -305,6 +305,13 @@ def test_prior_odds_are_added_to_the_evidence() -> None:
         assert torch.equal(factors_of(by_odds)[name].kept, total[name] <= 0.0)
 
 
+@pytest.mark.parametrize("per", ["row", "kernel"])
+def test_prior_odds_are_those_of_single_weights(per: Any) -> None:
+    posterior = some_posterior()
+    with pytest.raises(ReductionError, match=f"unit of deletion: got '{per}' with prior odds.*leave prior out"):
+        prune_weights(posterior, per=per, prior=score_weights(posterior))
+
+
 def test_where_nothing_is_needed_the_odds_delete_all() -> None:
     posterior = with_weights(torch.zeros(1, 50), torch.full((1, 50), 0.05), 1.0)
     assert prune_weights(posterior) == 50 and prune_weights(posterior) == 0
