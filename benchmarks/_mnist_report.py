@@ -50,6 +50,7 @@ TARGETS = {
 }
 
 
+RUN = ("method", "seed", "larger")  # what tells one run from another
 ERRORS = {"lenet_300_100": (1.5, 1.6, 1.7, 1.8, 2.0, 2.5, 3.0), "lenet_5_caffe": (0.8, 0.9, 1.0, 1.2, 1.5)}
 INTRODUCTION = (
     "Real bytes of files that decode to the network, against test error.  The Bayesian families start from the same "
@@ -66,7 +67,7 @@ def write_report(
 ) -> None:
     """``mnist_compression.json``, ``.md`` and ``.png`` in the folder ``to`` from every file below ``runs``.
 
-    Methods and seeds that the result of an earlier run has, and that were not run to the end here, keep their numbers.
+    Runs that the result of an earlier call has, and that were not run to the end here, keep their numbers.
     """
     found: dict[str, Any] = {}
     before = json.loads(path.read_text()) if (path := to / "mnist_compression.json").exists() else {}
@@ -101,17 +102,14 @@ def write_report(
 
 
 def read_points(folder: Path, test: Rows, stored: Sequence[dict[str, Any]], date: str) -> list[dict[str, Any]]:
-    """Points of methods and seeds that are done here, and else those stored, or what there is of them here."""
-    places = [p for p in folder.glob("*-*") if p.is_dir()]
-    done = [place for place in places if (place / "done").exists()]
-    here = [read_point(file, test) for place in places for file in sorted(place.glob("*.json"))]
-    return join_points(here, {split_name(place) for place in done}, stored, ("method", "seed"), date)
-
-
-def split_name(place: Path) -> tuple[str, int]:
-    """Method and seed of a folder."""
-    method, _, seed = place.name.rpartition("-")
-    return method, int(seed)
+    """Points of runs that are done here, and else those stored, or what there is of them here."""
+    here, done = [], set()
+    for place in sorted(p for p in folder.glob("*-*") if p.is_dir()):
+        points = [read_point(file, test) for file in sorted(place.glob("*.json"))]
+        here += points
+        if (place / "done").exists():
+            done |= {tuple(point[name] for name in RUN) for point in points}
+    return join_points(here, done, stored, RUN, date)
 
 
 def read_point(file: Path, test: Rows) -> dict[str, Any]:

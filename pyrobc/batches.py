@@ -12,9 +12,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyrobc.dependency import describe_inputs, first_tensor
-from pyrobc.errors import DataError
-from pyrobc.slicing import call_network
+from pyrobc.calling import call_network, describe_inputs, evaluating, first_tensor, tensors_of
+from pyrobc.errors import DataError, FitError
+from pyrobc.kinds import is_whole
 
 __all__ = [
     "TensorLoader",
@@ -23,14 +23,20 @@ __all__ = [
     "check_rows",
     "count_batches",
     "count_rows",
+    "first_batch",
     "move",
+    "no_rows",
     "repeatable",
     "seeded",
+    "split_batch",
 ]
 
 
 class TensorLoader:
-    """Minibatches sliced from tensors that are already in memory; shuffles with torch's current random state."""
+    """Minibatches sliced from tensors that are already in memory; shuffles with torch's current random state.
+
+    A single row that is left over joins the batch before it: batch normalisation cannot be trained on one.
+    """
 
     def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int = 128, shuffle: bool = True) -> None:
         if len(inputs) != len(targets):
@@ -45,28 +51,82 @@ class TensorLoader:
         self.dataset = range(len(inputs))
 
     def __len__(self) -> int:
-        return -(-len(self.inputs) // self.batch_size)
+        return len(self._sizes())
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         rows = len(self.inputs)
         order = torch.randperm(rows) if self.shuffle else torch.arange(rows)
-        for index in order.split(self.batch_size):
+        for index in order.split(self._sizes()):
             yield self.inputs[index], self.targets[index]
+
+    def _sizes(self) -> list[int]:
+        whole, rest = divmod(len(self.inputs), self.batch_size)
+        sizes = [self.batch_size] * whole
+        if rest == 1 and whole:
+            sizes[-1] += 1
+        elif rest:
+            sizes.append(rest)
+        return sizes
 
 
 def as_loader(data: Any, *, batch_size: int = 128, shuffle: bool = True) -> Iterable[Any]:
-    """A loader from a loader, or from a pair of tensors or arrays ``(inputs, targets)``."""
-    if isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
-        inputs, targets = (torch.as_tensor(part) for part in data)
+    """A loader from a loader, or from a pair of tensors, arrays or data frames ``(inputs, targets)``.
+
+    Raises:
+        DataError: neither, or batches that can be had only once.
+    """
+    if isinstance(data, tuple | list) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
+        inputs, targets = (_as_tensor(part) for part in data)
         return TensorLoader(inputs, targets, batch_size, shuffle)
-    if isinstance(data, Iterable):
-        return data
+    if isinstance(data, Iterable) and not isinstance(data, Tensor | np.ndarray | Mapping | str):
+        if not isinstance(data, Iterator):
+            return data
+        raise DataError(
+            "data", got=f"{type(data).__name__}, which yields its batches once", allowed="what every epoch can read",
+            fix="pass a DataLoader, a pair of arrays, or list(batches)",
+        )  # fmt: skip
     raise DataError(
         "data",
         got=type(data).__name__,
         allowed="a loader that yields (inputs, targets), or a pair of arrays",
-        fix="pass torch.utils.data.DataLoader(dataset, batch_size=128, shuffle=True)",
+        fix="pass (inputs, targets), or torch.utils.data.DataLoader(dataset, batch_size=128, shuffle=True)",
     )
+
+
+def first_batch(loader: Iterable[Any]) -> tuple[Any, Tensor]:
+    """Inputs and targets of the first batch."""
+    for batch in loader:
+        return split_batch(batch)
+    raise no_rows()
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor]:
+    """Inputs and targets of a batch; what else it holds is left out.
+
+    Raises:
+        DataError: it is no pair of tensors.
+    """
+    if isinstance(batch, tuple | list) and len(batch) >= 2 and tensors_of(batch[0]) and isinstance(batch[1], Tensor):
+        return batch[0], batch[1]
+    kinds = ", ".join(type(part).__name__ for part in batch) if isinstance(batch, tuple | list) else ""
+    raise DataError(
+        "data",
+        got=f"batches of type {type(batch).__name__}{f' ({kinds})' if kinds else ''}",
+        allowed="pairs (inputs, targets) of tensors; inputs may be a tuple or a dict of tensors",
+        fix="check the dataset and the loader's collate function",
+    )
+
+
+def _as_tensor(part: Any) -> Tensor:
+    """A tensor of an array or a data frame."""
+    if isinstance(part, Tensor):
+        return part
+    array = np.asarray(part)
+    if array.dtype.kind not in "biuf":
+        raise DataError(
+            "data", got=f"an array of {array.dtype}", allowed="numbers", fix="encode names and dates as numbers first"
+        )
+    return torch.as_tensor(array)
 
 
 def count_rows(loader: Any) -> int:
@@ -82,8 +142,13 @@ def count_rows(loader: Any) -> int:
     else:
         rows = len(dataset) if hasattr(dataset, "__len__") else sum(len(batch[1]) for batch in loader)
     if rows == 0:
-        raise DataError("data", got="no rows", allowed="at least one row", fix="check the path and the split")
+        raise no_rows()
     return rows
+
+
+def no_rows() -> DataError:
+    """The refusal of empty data."""
+    return DataError("data", got="no rows", allowed="at least one row", fix="check the path and the split")
 
 
 def count_batches(loader: Any) -> float:
@@ -112,14 +177,12 @@ def check_rows(data: Any, net: nn.Module, check_targets: Callable[[Tensor, Tenso
     """
     loader = as_loader(data, batch_size=1024, shuffle=False)
     count_rows(loader)
-    was_training, anchor = net.training, next(iter(net.parameters()))
-    net.eval()
-    with torch.no_grad(), repeatable(loader, 0):
+    anchor = next(iter(net.parameters()))
+    with torch.no_grad(), evaluating(net), repeatable(loader, 0):
         for batch in loader:
-            inputs, targets = move(batch[0], anchor), move(batch[1], anchor)
+            inputs, targets = (move(part, anchor) for part in split_batch(batch))
             check_batch(inputs, targets, example_inputs)
             check_targets(targets, first_tensor(call_network(net, inputs)))
-    net.train(was_training)
 
 
 def check_batch(inputs: Any, targets: Tensor, example_inputs: Any) -> None:
@@ -153,6 +216,8 @@ def check_batch(inputs: Any, targets: Tensor, example_inputs: Any) -> None:
 @contextmanager
 def seeded(*seeds: int) -> Iterator[None]:
     """Torch's, numpy's and Python's random states set inside from these non-negative numbers, restored outside."""
+    if not all(is_whole(seed) for seed in seeds):
+        raise FitError("seed", got=repr(seeds[0]), allowed="a whole number from 0", fix="pass seed=0, for instance")
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     state = pyro.util.get_rng_state()
     with torch.random.fork_rng(devices=devices):

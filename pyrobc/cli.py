@@ -148,7 +148,9 @@ def _run_compress(options: Namespace, command: list[str]) -> int:
     with joined(config.device) as team:
         result = compress(**arguments, progress=sys.stderr.isatty())
         if team.is_first:
-            write_text(folder / "run.yaml", settings)
+            target = folder / "run.yaml"
+            is_users = any(Path(str(file)).resolve() == target.resolve() for file in options.config or ())
+            write_text(target.with_name("settings.yaml") if is_users else target, settings)
             _finish(result, folder, command)
     return 0
 

@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from scipy.stats import binomtest, norm
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyrobc.batches import as_loader, move
-from pyrobc.dependency import first_tensor
+from pyrobc.batches import as_loader, first_batch, move
+from pyrobc.calling import call_network, evaluating, first_tensor
+from pyrobc.kinds import check_kind
 from pyrobc.likelihoods import Likelihood, make_likelihood
-from pyrobc.slicing import call_network
 
 __all__ = ["compare", "count_macs", "describe_cpu", "measure_error", "measure_latency", "time_calls"]
 
@@ -35,8 +36,9 @@ def compare(
         likelihood: decides what an error is.
         repeats: timed calls per network, interleaved.
     """
+    check_kind(networks, Mapping, "networks", "networks by name", 'pass {"dense": net, "compact": small}')
     loader = as_loader(data, batch_size=1024, shuffle=False)
-    batch = next(iter(loader))[0]
+    batch = first_batch(loader)[0]
     latencies = measure_latency(networks, batch, repeats)
     rows = []
     for name, net in networks.items():
@@ -63,12 +65,11 @@ def compare(
 def measure_error(net: nn.Module, data: Any, likelihood: Likelihood | str) -> tuple[float, float, float]:
     """Mean error and its 95% interval: Wilson's for wrong labels, a normal one for squared errors."""
     chosen = make_likelihood(likelihood)
-    anchor = next(iter(net.parameters()))
-    net.eval()
-    losses = []
-    for batch in as_loader(data, batch_size=1024, shuffle=False):
-        outputs = first_tensor(call_network(net, move(batch[0], anchor)))
-        losses.append(chosen.loss(outputs, move(batch[1], anchor)).double().cpu())
+    anchor, losses = next(iter(net.parameters())), []
+    with evaluating(net):
+        for batch in as_loader(data, batch_size=1024, shuffle=False):
+            outputs = first_tensor(call_network(net, move(batch[0], anchor)))
+            losses.append(chosen.loss(outputs, move(batch[1], anchor)).double().cpu())
     loss = torch.cat(losses)
     mean = float(loss.mean())
     if chosen.loss_name == "error":
@@ -81,15 +82,18 @@ def measure_error(net: nn.Module, data: Any, likelihood: Likelihood | str) -> tu
 def count_macs(net: nn.Module, inputs: Any) -> int:
     """Multiply-accumulates per example of matrix products and convolutions, as torch counts them."""
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), evaluating(net), counter:
         call_network(net, move(inputs, next(iter(net.parameters()))))
     return int(counter.get_total_flops()) // 2 // len(first_tensor(inputs))
 
 
 def measure_latency(networks: Mapping[str, nn.Module], inputs: Any, repeats: int = 30) -> dict[str, float]:
-    """Median milliseconds per call of each network."""
+    """Median milliseconds per call of each network, in evaluation mode."""
     values = {name: move(inputs, next(iter(net.parameters()))) for name, net in networks.items()}
-    return time_calls({name: partial(call_network, net, values[name]) for name, net in networks.items()}, repeats)
+    with ExitStack() as modes:
+        for net in networks.values():
+            modes.enter_context(evaluating(net))
+        return time_calls({name: partial(call_network, net, values[name]) for name, net in networks.items()}, repeats)
 
 
 @torch.no_grad()

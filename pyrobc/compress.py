@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from pyrobc.batches import as_loader, check_batch, check_rows, count_rows, move
+from pyrobc.batches import as_loader, check_batch, check_rows, count_rows, first_batch, move
+from pyrobc.calling import first_tensor
 from pyrobc.compare import compare
 from pyrobc.decide import decide
 from pyrobc.decision_settings import check_decision
-from pyrobc.dependency import first_tensor
 from pyrobc.diagnose import Diagnosis, diagnose
 from pyrobc.distributed import find_team
-from pyrobc.errors import check_kind
 from pyrobc.evidence import Evidence, evidence
 from pyrobc.family import Family, make_family
 from pyrobc.fit import anneal, fit
+from pyrobc.kinds import check_kind
 from pyrobc.lift import lift
 from pyrobc.likelihoods import Likelihood, make_likelihood
 from pyrobc.negligible import DEFAULT_EPSILON
@@ -161,7 +161,7 @@ def compress(
     """
     check_settings(
         epochs=epochs, seed=seed, lr=lr, temperature=temperature, warmup_epochs=warmup_epochs, clip_norm=clip_norm,
-        batch_size=batch_size, patience=patience, validation=validation, autocast=autocast,
+        batch_size=batch_size, patience=patience, validation=validation, autocast=autocast, device=device, dtype=dtype,
     )  # fmt: skip
     check_kind(net, nn.Module, "network", "a torch.nn.Module", "pass the network itself, not its class or name")
     chosen = make_family(family, **dict(family_args or {}))
@@ -177,7 +177,7 @@ def compress(
     loader = as_loader(data, batch_size=batch_size)
     count_rows(loader)
     anchor = next(iter(net.parameters()))
-    first_inputs, first_targets = next(iter(as_loader(data, batch_size=batch_size, shuffle=False)))[:2]
+    first_inputs, first_targets = first_batch(as_loader(data, batch_size=batch_size, shuffle=False))
     example = move(_first_row(first_inputs) if example_inputs is None else example_inputs, anchor)
     check_batch(first_inputs, first_targets, example)
     model = lift(net, chosen, law, example)

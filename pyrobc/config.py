@@ -55,11 +55,13 @@ def _key(words: str, default: Any = dataclasses.MISSING) -> Any:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the rows come from: an .npz with x and y, {x: a.npy, y: b.npy}, or package.module:dataset."""
+    """Where the rows come from."""
 
-    train: Source = _key("rows to train and decide on")
-    validation: Source | None = _key("rows for early stopping, with patience", None)
-    test: Source | None = _key("rows for the table, read once at the end", None)
+    train: Source = _key(
+        "rows to train and decide on: an .npz with arrays x and y, {x: a.npy, y: b.npy}, or package.module:dataset"
+    )
+    validation: Source | None = _key("rows for early stopping, with patience, as above", None)
+    test: Source | None = _key("rows for the table, read once at the end, as above", None)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class RunConfig:
     model_args: dict[str, Any] = _key("arguments of the model's callable", {})
     state_dict: str | None = _key("safetensors file of a trained network to start from", None)
     likelihood: str = _key("categorical, normal or bernoulli", "categorical")
-    family: str = _key("sparsity method", "log_uniform")
+    family: str = _key("sparsity method, group_horseshoe for instance; pyrobc doctor lists all", "log_uniform")
     family_args: dict[str, Any] = _key("its settings", {})
     epochs: int = _key("epochs of the first fit", 60)
     readapt_epochs: int | None = _key("epochs after each cut; a quarter of epochs if null", None)
@@ -194,7 +196,9 @@ def build_run(config: RunConfig) -> dict[str, Any]:
     """
     import torch
 
-    _check_device(config.device)
+    from pyrobc.settings import check_device
+
+    check_device(config.device)
     net = build_network(config.model, config.model_args, config.state_dict, seed=config.seed)
     with _importing_from_here():
         dtype = getattr(torch, config.dtype)
@@ -227,20 +231,6 @@ def build_network(model: str, arguments: Mapping[str, Any], state_dict: str | No
         if state_dict is not None:
             _load_state(net, state_dict)
     return net
-
-
-def _check_device(device: str | None) -> None:
-    import torch
-
-    if device is None:
-        return
-    try:
-        is_there = torch.device(device).type != "cuda" or torch.cuda.is_available()
-    except RuntimeError:
-        is_there = False
-    if not is_there:
-        choices = "cpu, cuda" if torch.cuda.is_available() else "cpu"
-        raise ConfigError("device", got=repr(device), allowed=choices, fix="see pyrobc doctor")
 
 
 @contextlib.contextmanager
@@ -301,20 +291,18 @@ def _read_data(name: str, source: Source, config: RunConfig) -> Any:
     import torch
 
     if isinstance(source, str) and ":" in source and not Path(source).exists():
-        dataset = _import_path(f"data {name}", source)
+        dataset = _import_path(name, source)
         if callable(dataset) and not hasattr(dataset, "__getitem__"):
-            with _blaming(f"data {name} {source!r}", "a callable without arguments, or a data set"):
+            with _blaming(f"{name} {source!r}", "a callable without arguments, or a data set"):
                 dataset = dataset()
         is_sized = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
         if not is_sized or isinstance(dataset, torch.nn.Module):
             raise ConfigError(
-                f"data {name} {source!r}", got=type(dataset).__name__, allowed="a torch Dataset with a length",
+                f"{name} {source!r}", got=type(dataset).__name__, allowed="a torch Dataset with a length",
                 fix="return one from the callable",
             )  # fmt: skip
         if len(dataset) == 0:
-            raise DataError(
-                f"data {name}", got="no rows", allowed="at least one row", fix="check the path and the split"
-            )
+            raise DataError(name, got="no rows", allowed="at least one row", fix="check the path and the split")
         order = torch.Generator().manual_seed(config.seed)
         is_training = name == "data"
         rows = config.batch_size if is_training else 1024

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyrobc.batches import as_loader, move, repeatable
+from pyrobc.batches import as_loader, first_batch, move, repeatable
+from pyrobc.calling import evaluating
 from pyrobc.groups import Block, Ints, Member
 from pyrobc.lift import LiftedModel
 from pyrobc.lifted_layers import LiftedLayer
 from pyrobc.meanfield import NormalFactor
-from pyrobc.posterior import Posterior, evaluating
+from pyrobc.posterior import Posterior
 
 __all__ = ["remove_dead_units"]
 
@@ -149,7 +150,7 @@ def _measure_constants(posterior: Posterior, data: Any) -> dict[str, Tensor]:
     try:
         loader = as_loader(data, shuffle=False)
         with evaluating(model), repeatable(loader, posterior.seed):
-            inputs = next(iter(loader))[0]
+            inputs = first_batch(loader)[0]
             model.run(posterior.mean(), move(inputs, model.anchor))
     finally:
         for handle in handles:

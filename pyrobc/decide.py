@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pyrobc.errors import BudgetError, ConfigError, PlanError, check_kind
+from pyrobc.errors import BudgetError, ConfigError, PlanError
 from pyrobc.groups import GroupSpec
+from pyrobc.kinds import check_kind
 from pyrobc.outcomes import Outcomes, list_kept, make_plan
 from pyrobc.plan import Plan
 from pyrobc.rounding import round_up
@@ -67,6 +68,7 @@ def decide(
     Example:
         >>> plan = decide(score, evidence, PosteriorOdds() & FalsePruneRate(0.05))  # doctest: +SKIP
     """
+    check_kind(score, Score, "score", "what bc.score returns", "pass decide(score, evidence)")
     if not (z >= 0 and max_worse >= 0) or empty_block not in ("keep_best", "raise"):
         raise ConfigError(
             "decision rule",

@@ -30,9 +30,10 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 
 from pyrobc.batches import as_loader, count_rows, move, repeatable
+from pyrobc.calling import evaluating
 from pyrobc.errors import DataError
 from pyrobc.family import Effective
-from pyrobc.posterior import Posterior, evaluating
+from pyrobc.posterior import Posterior
 
 __all__ = ["DecisionRows", "estimate_total", "take_rows"]
 

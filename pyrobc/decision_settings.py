@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyrobc.baselines import list_baselines
 from pyrobc.errors import ConfigError, suggest
 from pyrobc.family import Family
+from pyrobc.kinds import is_real, is_whole
 from pyrobc.rules import OnScore, Rule
 from pyrobc.rules.rule import is_prior_odds
 from pyrobc.scores import PriorOdds
@@ -40,16 +41,18 @@ def check_decision(
     is_baseline = reduction in baselines and reduction not in family.reduced()
     rules = (
         ("reduction", reduction, reduction is None or reduction in known, ", ".join(known)),
-        ("epsilon", epsilon, 0 < epsilon < 1, "a share between 0 and 1"),
+        ("epsilon", epsilon, is_real(epsilon) and 0 < epsilon < 1, "a share between 0 and 1"),
         ("prior_odds", prior_odds, is_prior_odds(prior_odds),
          "implied, learned, none, or a probability between 0 and 1"),
         ("prior_odds", prior_odds, not is_baseline or prior_odds == "implied", "none for a baseline, which has a cut"),
-        ("num_draws", num_draws, num_draws >= 25, "25 or more"),
-        ("evidence_rows", evidence_rows, evidence_rows >= 2, "2 or more"),
-        ("readapt_epochs", readapt_epochs, readapt_epochs is None or readapt_epochs >= 0, "0 or more, or None"),
-        ("rounds", rounds, rounds >= 1, "1 or more"),
-        ("max_worse", max_worse, max_worse >= 0, "0 or more standard errors"),
-        ("round_to", round_to, round_to >= 1, "1 or more channels"),
+        ("num_draws", num_draws, is_whole(num_draws, 25), "a whole number from 25"),
+        ("evidence_rows", evidence_rows, is_whole(evidence_rows, 2), "a whole number from 2"),
+        ("readapt_epochs", readapt_epochs, readapt_epochs is None or is_whole(readapt_epochs),
+         "a whole number from 0, or None"),
+        ("rounds", rounds, is_whole(rounds, 1), "a whole number from 1"),
+        ("max_worse", max_worse, is_real(max_worse) and max_worse >= 0, "0 or more standard errors"),
+        ("round_to", round_to, is_whole(round_to, 1), "a whole number of channels from 1"),
+        ("budget", budget, budget is None or is_whole(budget, 1), "a whole number of parameters, or None"),
     )  # fmt: skip
     for name, value, is_fine, allowed in rules:
         if not is_fine:

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from pyrobc.attention import SeparateAttention, separate_attention
+from pyrobc.calling import call_network, describe_inputs, first_tensor, map_tensors, tensors_of
 from pyrobc.costs import count_macs
-from pyrobc.errors import GroupError, check_kind
+from pyrobc.errors import GroupError
 from pyrobc.groups import Block, GroupSpec, ParameterInfo
+from pyrobc.kinds import check_kind
 from pyrobc.probing import probe_blocks
 from pyrobc.proposals import LIFTABLE, propose_blocks
-from pyrobc.slicing import call_network, join_path, map_tensors, mask_groups, slice_groups, tensors_of
+from pyrobc.slicing import join_path, mask_groups, slice_groups
 
 __all__ = ["LIFTABLE", "trace_groups"]
 
@@ -284,16 +286,3 @@ def _vary(inputs: Tensor) -> Tensor:
         return inputs
     noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(inputs.numel()))
     return noise.to(inputs)
-
-
-def first_tensor(value: Any) -> Tensor:
-    """The first tensor of a tensor, tuple, dict or model-output object."""
-    return tensors_of(value)[0]
-
-
-def describe_inputs(inputs: Any) -> str:
-    """Shapes of a tensor, a tuple or a dict of tensors, for messages."""
-    if isinstance(inputs, Tensor):
-        return f"shape {tuple(inputs.shape)}"
-    items = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
-    return ", ".join(f"{key}: {[tuple(t.shape) for t in tensors_of(value)]}" for key, value in items)

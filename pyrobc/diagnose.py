@@ -31,10 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pyrobc.batches import as_loader, move
-from pyrobc.dependency import first_tensor
+from pyrobc.calling import call_network, evaluating, first_tensor
 from pyrobc.errors import ConfigError, DataError
 from pyrobc.shifts import SHIFTS, Shift
-from pyrobc.slicing import call_network
 
 __all__ = ["CalibrationBin", "Diagnosis", "Shifted", "diagnose"]
 
@@ -177,16 +176,14 @@ def diagnose(
 @torch.no_grad()
 def _predict(net: nn.Module, batches: Sequence[Any], change: Callable[[Tensor], Tensor] | None) -> Floats:
     """Class probabilities ``[rows, classes]``, float64; of a single logit, those of zero and one."""
-    was_training, anchor = net.training, next(iter(net.parameters()))
-    net.eval()
-    parts = []
-    for batch in batches:
-        inputs = batch[0] if change is None else _change(batch[0], change)
-        outputs = first_tensor(call_network(net, move(inputs, anchor))).double()
-        if outputs.dim() == 1 or outputs.shape[1] == 1:
-            outputs = torch.stack([torch.zeros_like(outputs.flatten()), outputs.flatten()], 1)
-        parts.append(outputs.softmax(1).cpu().numpy())
-    net.train(was_training)
+    anchor, parts = next(iter(net.parameters())), []
+    with evaluating(net):
+        for batch in batches:
+            inputs = batch[0] if change is None else _change(batch[0], change)
+            outputs = first_tensor(call_network(net, move(inputs, anchor))).double()
+            if outputs.dim() == 1 or outputs.shape[1] == 1:
+                outputs = torch.stack([torch.zeros_like(outputs.flatten()), outputs.flatten()], 1)
+            parts.append(outputs.softmax(1).cpu().numpy())
     return np.concatenate(parts)
 
 

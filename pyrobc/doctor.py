@@ -47,8 +47,10 @@ def _describe_devices() -> list[str]:
     import torch
 
     from pyrobc.compare import describe_cpu
+    from pyrobc.family import families
 
-    lines = [f"cpu {describe_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads for torch"]
+    lines = [f"families {', '.join(families())}"]
+    lines += [f"cpu {describe_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads for torch"]
     if torch.cuda.is_available():
         lines += [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     else:

@@ -23,7 +23,6 @@ __all__ = [
     "PyrobcError",
     "ReductionError",
     "SurgeryError",
-    "check_kind",
     "suggest",
 ]
 
@@ -99,13 +98,6 @@ class MissingExtraError(PyrobcError, ImportError):
             allowed=f"an installation with the extra [{extra}]",
             fix=f'pip install "pyrobc[{extra}]"',
         )
-
-
-def check_kind(value: object, kind: type | tuple[type, ...], subject: str, allowed: str, fix: str) -> None:
-    """Raise a ``ConfigError`` unless ``value`` is of that kind."""
-    if not isinstance(value, kind):
-        got = f"the class {value.__name__}" if isinstance(value, type) else f"{type(value).__name__}"
-        raise ConfigError(subject, got=got, allowed=allowed, fix=fix)
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:

@@ -35,14 +35,16 @@ from pyrobc.arviz_io import build_tree, diagnose_chains, find_hdi, to_arviz
 from pyrobc.batches import move, seeded
 from pyrobc.bmr.monte_carlo import estimate_reduction
 from pyrobc.bmr.pareto import khat_limit
+from pyrobc.calling import evaluating
 from pyrobc.candidates import Candidate, choose_sizes, compare_candidate, count_wanted, keep_all_but
 from pyrobc.coverage import log_ratio, ratio_khat
 from pyrobc.decision_rows import DecisionRows, take_rows
 from pyrobc.errors import ConfigError, DataError, ReductionError
 from pyrobc.fit import fit
 from pyrobc.groups import Ints, Kept
+from pyrobc.kinds import check_kind
 from pyrobc.leave_one_out import leave_one_out
-from pyrobc.posterior import Posterior, evaluating
+from pyrobc.posterior import Posterior
 from pyrobc.scores import PriorOdds, Score
 
 __all__ = ["Candidate", "Evidence", "evidence"]
@@ -138,6 +140,8 @@ def evidence(
     Raises:
         DataError: no rows, too few draws, rows that the full network holds impossible, or fits of another network.
     """
+    check_kind(posterior, Posterior, "posterior", "what bc.fit returns", "pass evidence(posterior, score, data)")
+    check_kind(score, Score, "score", "what bc.score returns", "pass evidence(posterior, score, data)")
     if num_draws < 25:
         raise DataError(
             "posterior draws for the evidence",

@@ -32,11 +32,11 @@ from pyrobc import codec
 from pyrobc._version import __version__
 from pyrobc.archive import export_program, quiet, read_program, write_program
 from pyrobc.bits import stored_step
+from pyrobc.calling import call_network, first_tensor
 from pyrobc.checkpoint import write_atomically
-from pyrobc.dependency import first_tensor
 from pyrobc.errors import MissingExtraError, OutputError
+from pyrobc.kinds import check_kind
 from pyrobc.plan import Plan
-from pyrobc.slicing import call_network
 
 __all__ = ["FILES", "Files", "convert", "load", "planned_steps", "save", "verify"]
 
@@ -85,10 +85,14 @@ def save(
         The files written, by name, with notes.
 
     Raises:
+        PlanError: the plan leaves another network.
         OutputError: the directory cannot be written, its disk is full, or the network cannot be exported (or, with
             ``bits``, coded).
         MissingExtraError: ``onnx=True`` without the extra.
     """
+    check_kind(net, nn.Module, "network", "a torch.nn.Module", "pass save(net, plan, directory)")
+    check_kind(plan, Plan, "plan", "what bc.decide or bc.compress returns", "pass save(net, plan, directory)")
+    plan.check_left({name: tuple(tensor.shape) for name, tensor in net.state_dict().items()})
     folder, digest = Path(directory), _digest(plan)
     net = copy.deepcopy(net).cpu().eval()  # what is written runs on any machine
     inputs = _zeros(plan, net) if example_inputs is None else _on_cpu(example_inputs, net)
@@ -139,10 +143,11 @@ def load(path: str | Path) -> nn.Module:
         OutputError: it is missing or damaged, or a ``.pt2`` file lies beside the plan of another network.
     """
     file = Path(path) / "model.pt2" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
+    if not file.is_file() or file.suffix not in (".pt2", ".rbc"):
         raise OutputError(
-            f"network {path}", got="no such file", allowed="a directory that holds model.pt2, a .pt2 or an .rbc file",
-            fix="save it",
+            f"network {path}", got=f"a {file.suffix or 'nameless'} file" if file.is_file() else "no such file",
+            allowed="a directory that holds model.pt2, a .pt2 or an .rbc file",
+            fix="name the directory" if file.is_file() else "save it",
         )  # fmt: skip
     if file.suffix == ".rbc":
         try:

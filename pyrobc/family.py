@@ -29,6 +29,7 @@ from pyrobc.dists import Restricted
 from pyrobc.dists.normal_kl import sum_kl
 from pyrobc.errors import FamilyError, suggest
 from pyrobc.groups import GroupSpec
+from pyrobc.kinds import check_setting
 from pyrobc.meanfield import MeanFieldGuide
 
 __all__ = [
@@ -299,7 +300,8 @@ def make_family(family: Family | str, **settings: Any) -> Family:
         return family
     known = families()
     if family not in known:
-        raise FamilyError("family", got=repr(family), allowed=", ".join(known), fix=suggest(str(family), known))
+        fix = f"pass an instance, {family.__name__}()" if isinstance(family, type) else suggest(str(family), known)
+        raise FamilyError("family", got=repr(family), allowed=", ".join(known), fix=fix)
     accepted = inspect.signature(known[family]).parameters
     unknown = [key for key in settings if key not in accepted]
     if unknown:
@@ -309,6 +311,8 @@ def make_family(family: Family | str, **settings: Any) -> Family:
             allowed=", ".join(accepted) or "none",
             fix=suggest(unknown[0], accepted),
         )
+    for key, value in settings.items():
+        check_setting(f"setting {key!r} of family {family!r}", accepted[key], value)
     return known[family](**settings)
 
 

@@ -19,17 +19,29 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyrobc._version import __version__
-from pyrobc.batches import as_loader, check_batch, count_batches, count_rows, move, repeatable
+from pyrobc.batches import (
+    as_loader,
+    check_batch,
+    count_batches,
+    count_rows,
+    first_batch,
+    move,
+    no_rows,
+    repeatable,
+    split_batch,
+)  # fmt: skip
+from pyrobc.calling import evaluating
 from pyrobc.checkpoint import read_checkpoint, write_checkpoint
 from pyrobc.distributed import Team, find_team
-from pyrobc.errors import CheckpointError, FitError, check_kind
+from pyrobc.errors import CheckpointError, ConfigError, FitError
 from pyrobc.groups import Kept
+from pyrobc.kinds import check_kind
 from pyrobc.lift import LiftedModel
 from pyrobc.meanfield import MeanFieldGuide
 from pyrobc.moment_loss import MomentLoss
 from pyrobc.objective import Loss, LossFactory, fast_loss, split_laws, traced_loss
-from pyrobc.posterior import Posterior, evaluating, measure_input_rms
-from pyrobc.settings import PATHS, check_settings, describe_batch, describe_schedule
+from pyrobc.posterior import Posterior, measure_input_rms
+from pyrobc.settings import PATHS, check_settings, describe_batch, describe_schedule, describe_start
 from pyrobc.training import Training
 from pyrobc.watching import look_at, validate
 
@@ -105,13 +117,19 @@ def fit(
     path = path or model.family.path
     check_settings(
         epochs=epochs, seed=seed, lr=lr, temperature=temperature, warmup_epochs=warmup_epochs, clip_norm=clip_norm,
-        batch_size=batch_size, patience=patience, validation=validation, path=path, autocast=autocast,
+        batch_size=batch_size, patience=patience, validation=validation, path=path, autocast=autocast, device=device,
+        dtype=dtype,
     )  # fmt: skip
     model = model.to(device=device, dtype=dtype)
     guide = (guide or model.new_guide()).to(model.anchor)
     team, loader = find_team(), as_loader(data, batch_size=batch_size)
     team.check_loader(loader)
     team.align_(model, guide)
+    if prune is not None and (isinstance(prune, type) or not callable(prune)):
+        raise ConfigError(
+            "prune", got=repr(prune), allowed="what is called with a posterior after every epoch, or None",
+            fix="pass PruneEachEpoch()",
+        )  # fmt: skip
     held_out = None if validation is None else as_loader(validation, batch_size=1024, shuffle=False)
     with repeatable(loader, seed):
         num_data = count_rows(loader)
@@ -139,9 +157,10 @@ def fit(
     }
     target = Path(checkpoint) if checkpoint else None
     if target is not None:
+        identity["parameters and outputs before the fit"] = describe_start(model, guide)
         with repeatable(loader, seed):
-            batch = next(iter(loader))
-        check_batch(batch[0], batch[1], model.example_inputs)
+            batch = first_batch(loader)
+        check_batch(*batch, model.example_inputs)
         identity["data"] = describe_batch(batch)
     found = None if target is None else team.ask_first(lambda: target.exists() and read_checkpoint(target, identity))
     if found:
@@ -213,7 +232,7 @@ def _train_epoch(
     length = count_batches(loader)
     with repeatable(loader, seed, run.epoch):
         for batch in loader:
-            inputs, targets = move(batch[0], model.anchor), move(batch[1], model.anchor)
+            inputs, targets = (move(part, model.anchor) for part in split_batch(batch))
             if is_first:
                 check_batch(inputs, targets, model.example_inputs)
                 _check_targets(run, inputs, targets)
@@ -237,7 +256,7 @@ def _train_epoch(
             run.guide.project_()
             batches += 1
     if batches == 0:
-        count_rows([])
+        raise no_rows()
     team.average_norms_(model)
     look = team.agree(look_at(run, inputs, targets))
     is_finite = all(bool(torch.isfinite(p).all()) for p in run.guide.parameters())

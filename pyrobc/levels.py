@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from pyrobc.decide import decide
 from pyrobc.errors import BudgetError, PlanError
+from pyrobc.kinds import check_kind
 from pyrobc.plan import Level, Plan
 from pyrobc.rules.budget import rank_groups
 from pyrobc.scores import PriorOdds, Score
@@ -37,6 +38,7 @@ def add_levels(plan: Plan, score: Score, shares: Sequence[float], *, prior_odds:
         PlanError: the plan is for another network.
         BudgetError: a share cannot be met with a group left in every layer.
     """
+    check_kind(shares, Sequence, "shares", "several shares of the parameters", "pass (0.5, 0.2), or (0.5,) for one")
     if dict(score.spec.tensors) != dict(plan.network):
         raise PlanError(
             "plan to store levels in", got="a plan for another network", allowed="what decide made of this score",

@@ -21,13 +21,14 @@ from torch.distributions import Distribution
 from torch.func import functional_call
 
 from pyrobc.attention import match_attention
-from pyrobc.dependency import first_tensor, trace_groups
+from pyrobc.calling import call_network, first_tensor
+from pyrobc.dependency import trace_groups
 from pyrobc.family import Effective, Family, make_family
 from pyrobc.groups import GroupSpec, Kept, Member
 from pyrobc.lifted_layers import ChannelGate, LayerLaw, LiftedLayer, OutputGate
 from pyrobc.likelihoods import Likelihood, make_likelihood
 from pyrobc.meanfield import MeanFieldGuide
-from pyrobc.slicing import call_network, slice_groups
+from pyrobc.slicing import slice_groups
 
 __all__ = ["LiftedModel", "lift"]
 

@@ -95,17 +95,19 @@ class Categorical(Likelihood):
 
     def predict_constant(self, targets: Tensor, num_classes: int) -> Tensor:
         """By how often the other rows have the class."""
-        return _predict_frequency(torch.bincount(targets, minlength=num_classes)[targets], len(targets), num_classes)
+        labels = targets.long()  # bytes count too
+        return _predict_frequency(torch.bincount(labels, minlength=num_classes)[labels], len(labels), num_classes)
 
     def check(self, targets: Tensor, outputs: Tensor) -> None:
         """Integer labels between 0 and the number of outputs."""
         classes = outputs.shape[-1]
         if targets.is_floating_point() or targets.dim() != 1:
+            is_column = targets.shape[1:].numel() == 1
             raise DataError(
                 "labels",
                 got=f"{targets.dtype} of shape {tuple(targets.shape)}",
                 allowed="integers of shape (rows,)",
-                fix="pass class numbers, for instance y.long()",
+                fix=f"pass class numbers, for instance {'y.flatten().long()' if is_column else 'y.argmax(1)'}",
             )
         if len(targets) and (int(targets.min()) < 0 or int(targets.max()) >= classes):
             raise DataError(

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyrobc.dependency import first_tensor
+from pyrobc.calling import first_tensor
 from pyrobc.errors import FitError
 from pyrobc.family import Effective
 from pyrobc.lift import LiftedModel

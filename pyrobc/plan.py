@@ -164,6 +164,17 @@ class Plan:
                 shapes[f"{part.tensor.removesuffix('weight')}index"] = [len(part.kept)]
         return {name: tuple(shape) for name, shape in shapes.items()}
 
+    def check_left(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise a ``PlanError`` where a tensor of a network has another shape than applying the plan leaves."""
+        left = self.network_left()
+        for name, shape in shapes.items():
+            if name in left and shape != left[name]:
+                raise PlanError(
+                    "network", got=f"{name} of shape {shape}",
+                    allowed=f"the network that its plan leaves, with {left[name]} there",
+                    fix="pass what bc.apply(plan, net) returns, or the net of bc.compress's result",
+                )  # fmt: skip
+
     def then(self, later: Plan) -> Plan:
         """This plan followed by a plan for the network it leaves: one plan for the original network."""
         if self.network_left() != dict(later.network):

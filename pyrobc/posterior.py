@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyrobc.batches import move, seeded
+from pyrobc.calling import evaluating
 from pyrobc.family import Effective, GroupScale, Laws
 from pyrobc.groups import GroupSpec, Kept
 from pyrobc.lift import LiftedModel
@@ -21,7 +21,7 @@ from pyrobc.meanfield import MeanFieldGuide, slice_site
 from pyrobc.negligible import find_sizes, negligible_thresholds
 from pyrobc.objective import split_laws
 
-__all__ = ["Posterior", "evaluating", "measure_input_rms"]
+__all__ = ["Posterior", "measure_input_rms"]
 
 _Answer = TypeVar("_Answer")
 
@@ -174,17 +174,6 @@ def measure_input_rms(model: LiftedModel, mean: Effective, loader: Any, max_rows
         for handle in handles:
             handle.remove()
     return {name: (total / rows).sqrt() for name, total in power.items()}
-
-
-@contextmanager
-def evaluating(model: LiftedModel) -> Iterator[None]:
-    """The network in evaluation mode, put back afterwards."""
-    was_training = model.net.training
-    model.net.eval()
-    try:
-        yield
-    finally:
-        model.net.train(was_training)
 
 
 def _kept_mask(kept: Any, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from pyrobc.batches import move
-from pyrobc.dependency import first_tensor
+from pyrobc.calling import first_tensor
 from pyrobc.folding import FoldedFamily, fold_scales
 from pyrobc.moments import Moments
 from pyrobc.posterior import Posterior

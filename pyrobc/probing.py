@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pyrobc.calling import call_network, map_tensors, tensors_of
 from pyrobc.groups import Block, Ints
 from pyrobc.proposals import LIFTABLE, TIED_ALONG, connect, list_rows, make_member
-from pyrobc.slicing import call_network, is_depthwise, join_path, map_tensors, tensors_of
+from pyrobc.slicing import is_depthwise, join_path
 
 __all__ = ["probe_blocks"]
 

@@ -29,11 +29,12 @@ from torch import Tensor
 from pyrobc._version import __version__
 from pyrobc.baselines import Cut, list_baselines, measure_baseline, place_cuts
 from pyrobc.bmr import learn_inclusion, reduce
-from pyrobc.dependency import first_tensor
+from pyrobc.calling import first_tensor
 from pyrobc.dists import interval_log_mass
 from pyrobc.errors import ReductionError, suggest
 from pyrobc.family import GroupScale, ReducedPrior
 from pyrobc.groups import GroupSpec
+from pyrobc.kinds import check_kind
 from pyrobc.negligible import DEFAULT_EPSILON
 from pyrobc.posterior import Posterior
 
@@ -157,6 +158,7 @@ def score(
         num_draws: draws where no closed form exists.
         seed: their seed.
     """
+    check_kind(posterior, Posterior, "posterior", "what bc.fit returns", "pass bc.fit(model, data)")
     family, spec = posterior.model.family, posterior.model.spec
     label = reduction or family.default_reduction
     choices, baselines = family.reduced(), list_baselines(family)

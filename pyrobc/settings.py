@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from pyrobc.dependency import first_tensor
-from pyrobc.errors import FitError, suggest
+import torch
 
-__all__ = ["PATHS", "check_settings", "describe_batch", "describe_schedule"]
+from pyrobc.batches import move
+from pyrobc.calling import evaluating, first_tensor, tensors_of
+from pyrobc.errors import ConfigError, FitError, suggest
+from pyrobc.kinds import is_positive, is_real, is_whole
+from pyrobc.lift import LiftedModel
+from pyrobc.meanfield import MeanFieldGuide
+from pyrobc.objective import split_laws
+
+__all__ = ["PATHS", "check_device", "check_settings", "describe_batch", "describe_schedule", "describe_start"]
 
 PATHS = ("fast", "traced", "moments")
 
@@ -26,21 +32,29 @@ def check_settings(
     validation: Any = None,
     path: Any = None,
     autocast: bool = False,
+    device: Any = None,
+    dtype: Any = None,
 ) -> None:
     """Raise a ``FitError`` for the first setting of ``fit`` that makes no sense."""
-    is_whole = isinstance(epochs, int) and isinstance(warmup_epochs, int) and isinstance(batch_size, int)
+    check_device(device)
     is_path = path is None or callable(path) or path in PATHS
+    # fmt: off
     rules = (
-        ("epochs", epochs, is_whole and epochs >= 1, "1 or more", "pass epochs=60, for instance"),
-        ("seed", seed, isinstance(seed, int) and seed >= 0, "a whole number from 0", "pass seed=0, for instance"),
-        ("lr", lr, 0 <= lr < math.inf, "0 or more", "pass lr=1e-3, for instance"),
-        ("temperature", temperature, 0 < temperature < math.inf, "a positive weight of the KL", "1.0 is the ELBO"),
-        ("warmup_epochs", warmup_epochs, is_whole and warmup_epochs >= 0, "a whole number from 0", "0 is no warm-up"),
-        ("clip_norm", clip_norm, clip_norm is None or clip_norm > 0, "a positive number or None", "pass clip_norm=10"),
-        ("batch_size", batch_size, is_whole and batch_size >= 1, "a whole number from 1", "pass batch_size=128"),
-        ("patience", patience, patience is None or patience >= 1, "1 or more epochs, or None", "pass patience=10"),
+        ("epochs", epochs, is_whole(epochs, 1), "1 or more", "pass epochs=60, for instance"),
+        ("seed", seed, is_whole(seed) and seed < 2**63, "a whole number from 0 to 2^63 - 1", "pass seed=0"),
+        ("lr", lr, is_real(lr) and lr >= 0, "0 or more", "pass lr=1e-3, for instance"),
+        ("temperature", temperature, is_positive(temperature), "a positive weight of the KL", "1.0 is the ELBO"),
+        ("warmup_epochs", warmup_epochs, is_whole(warmup_epochs), "a whole number from 0", "0 is no warm-up"),
+        ("clip_norm", clip_norm, clip_norm is None or is_positive(clip_norm), "a positive number or None",
+         "pass clip_norm=10"),
+        ("batch_size", batch_size, is_whole(batch_size, 1), "a whole number from 1", "pass batch_size=128"),
+        ("patience", patience, patience is None or is_whole(patience, 1), "1 or more epochs, or None",
+         "pass patience=10"),
+        ("dtype", dtype, dtype in (None, torch.float32, torch.float64), "torch.float32 or torch.float64",
+         "autocast=True computes products in half precision"),
         ("path", path, is_path, ", ".join(PATHS), suggest(str(path), PATHS)),
     )
+    # fmt: on
     for name, value, is_fine, allowed, fix in rules:
         if not is_fine:
             raise FitError(name, got=repr(value), allowed=allowed, fix=fix)
@@ -56,6 +70,27 @@ def check_settings(
             allowed="patience together with validation",
             fix="pass validation=loader",
         )
+
+
+def check_device(device: Any) -> None:
+    """Raise a ``ConfigError`` unless tensors can be made on ``device``."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        raise ConfigError(
+            "device", got=f"{device!r}: {str(error).splitlines()[0]}",
+            allowed="cpu, cuda" if torch.cuda.is_available() else "cpu", fix="see pyrobc doctor",
+        ) from error  # fmt: skip
+
+
+def describe_start(model: LiftedModel, guide: MeanFieldGuide) -> list[str]:
+    """Norms of where a fit starts, and of what its mean says to the example: a sign that the network is the same."""
+    tensors = [*guide.parameters(), *model.net.buffers()]
+    with torch.no_grad(), evaluating(model):
+        own, _ = split_laws(model, guide.distributions())
+        example = move(model.example_inputs, model.anchor)
+        outputs = tensors_of(model.run(model.family.mean(own, model.spec), example))
+    return [f"{float(tensor.detach().double().norm()):.4g}" for tensor in (*tensors, *outputs)]
 
 
 def describe_schedule(schedule: Any) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -20,8 +20,8 @@ from pyrobc.errors import GroupError
 from pyrobc.groups import GroupSpec, Ints, Kept
 
 __all__ = [
-    "PartialLayerNorm", "SelectLinear", "call_network", "count_heads", "is_depthwise", "join_path", "map_tensors",
-    "mask_groups", "slice_groups", "slice_tensors", "tensors_of",
+    "PartialLayerNorm", "SelectLinear", "count_heads", "is_depthwise", "join_path", "mask_groups", "slice_groups",
+    "slice_tensors",
 ]  # fmt: skip
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads")
@@ -76,34 +76,6 @@ class PartialLayerNorm(nn.LayerNorm):
 def join_path(path: str, attribute: str) -> str:
     """Path of a tensor or module inside of the module at ``path``."""
     return f"{path}.{attribute}" if path else attribute
-
-
-def call_network(net: nn.Module, inputs: Any) -> Any:
-    """Call with a tensor, a tuple of positional inputs or a dict of named ones."""
-    if isinstance(inputs, Mapping):
-        return net(**inputs)
-    return net(*inputs) if isinstance(inputs, tuple) else net(inputs)
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor of a tensor, tuple, dict or model-output object."""
-    if isinstance(value, Tensor):
-        return [value]
-    items = value.values() if isinstance(value, Mapping) else value
-    return (
-        [t for item in items for t in tensors_of(item)]
-        if isinstance(items, Iterable) and not isinstance(items, str)
-        else []
-    )
-
-
-def map_tensors(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Inputs of the same form, each tensor changed."""
-    if isinstance(inputs, Tensor):
-        return change(inputs)
-    if isinstance(inputs, Mapping):
-        return {key: map_tensors(value, change) for key, value in inputs.items()}
-    return tuple(map_tensors(value, change) for value in inputs)
 
 
 def mask_groups(net: nn.Module, spec: GroupSpec, kept: Kept) -> nn.Module:

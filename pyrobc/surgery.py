@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pyrobc.attention import match_attention
-from pyrobc.dependency import first_tensor
+from pyrobc.calling import call_network, first_tensor
 from pyrobc.errors import PlanError, SurgeryError
+from pyrobc.kinds import check_kind
 from pyrobc.plan import Plan
-from pyrobc.slicing import call_network, slice_tensors
+from pyrobc.slicing import slice_tensors
 
 __all__ = ["apply", "mask"]
 
@@ -45,6 +46,7 @@ def apply(plan: Plan, target: nn.Module | Fitted, *, example_inputs: Any = None)
         PlanError: the network is another one, or is already cut.
         SurgeryError: masked and cut outputs differ.
     """
+    check_kind(plan, Plan, "plan", "what bc.decide or bc.read_plan returns", "pass apply(plan, net)")
     net = match_attention(target if isinstance(target, nn.Module) else target.to_module(), plan.network)
     _check_network(plan, net)
     indices = {(part.tensor, part.axis): np.asarray(part.kept) for part in plan.slices}

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from pyrobc.batches import move
+from pyrobc.calling import evaluating
 from pyrobc.dists import interval_log_mass
 from pyrobc.negligible import DEFAULT_EPSILON, find_sizes, negligible_thresholds
 from pyrobc.objective import split_laws
-from pyrobc.posterior import evaluating, measure_input_rms
+from pyrobc.posterior import measure_input_rms
 from pyrobc.training import Training
 
 __all__ = ["look_at", "validate"]

@@ -23,8 +23,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pyrobc.errors import ConfigError, DataError, check_kind
+from pyrobc.errors import ConfigError, DataError
 from pyrobc.groups import Ints
+from pyrobc.kinds import check_kind
 from pyrobc.outcomes import Outcomes
 from pyrobc.scores import Score
 

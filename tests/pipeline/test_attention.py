@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyrobc.attention import Attention, SeparateAttention, match_attention, separate_attention
+from pyrobc.calling import call_network, tensors_of
 from pyrobc.dependency import trace_groups
 from pyrobc.errors import FamilyError, GroupError
 from pyrobc.family import Effective
@@ -22,7 +23,7 @@ from pyrobc.groups import GroupSpec
 from pyrobc.lift import lift
 from pyrobc.models import vit
 from pyrobc.posterior import measure_input_rms
-from pyrobc.slicing import PartialLayerNorm, call_network, mask_groups, slice_groups, tensors_of
+from pyrobc.slicing import PartialLayerNorm, mask_groups, slice_groups
 from pyrobc.surgery import apply
 
 SOME = hypothesis.settings(max_examples=2, suppress_health_check=list(hypothesis.HealthCheck))

@@ -76,8 +76,13 @@ def test_compress_from_file_to_report(here, capfd):
 
     again = yaml.safe_load((here / "out" / "run.yaml").read_text())
     assert again["seed"] == 3 and again["epochs"] == 8
-    assert main(["compress", "--config", "out/run.yaml", "--output", "again"]) == 0
+    (here / "again").mkdir()
+    mine = "# why I chose this seed\n" + (here / "out" / "run.yaml").read_text()
+    (here / "again" / "run.yaml").write_text(mine)
+    assert main(["compress", "--config", "again/run.yaml", "--output", "again"]) == 0
     assert read_plan("again/plan.json") == plan, "the settings that were written repeat the run"
+    assert (here / "again" / "run.yaml").read_text() == mine, "a run file of the user's is not written over"
+    assert yaml.safe_load((here / "again" / "settings.yaml").read_text())["output"] == "again"
     capfd.readouterr()
 
     assert main(["inspect", "out", "--diff", "again/plan.json"]) == 0
@@ -161,6 +166,10 @@ WRONG = {
     "compress --config nosuch.yaml": "File does not exist",
     "compress --config run.yaml --epoch 3": "did you mean '--epochs'",
     "compress --config run.yaml --epochs 0": "epochs: got 0",
+    "compress --config run.yaml --seed -1": "seed: got -1",
+    "demo --seed -1": "seed: got -1",
+    "compress --config run.yaml --device mps": "device: got 'mps'",
+    "compress --config run.yaml --family_args.num_draws many": "setting 'num_draws' of family 'log_uniform'",
     "compress --config run.yaml --family hrseshoe": "did you mean 'group_horseshoe'",
     "compress --config run.yaml --family_args.gatelr 1": "did you mean 'gate_lr'",
     "compress --config run.yaml --likelihood catgorical": "did you mean 'categorical'",

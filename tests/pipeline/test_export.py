@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from collections import OrderedDict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import nn
 
 from pyrobc import archive, codec, export
 from pyrobc.batches import seeded
-from pyrobc.errors import MissingExtraError, OutputError
+from pyrobc.errors import ConfigError, MissingExtraError, OutputError, PlanError
 from pyrobc.export import convert, load, save, verify
 from pyrobc.surgery import apply
 
@@ -78,13 +79,26 @@ def test_safetensors_hold_the_state_and_the_plan(saved, compressed):
         assert len(file.metadata()["plan_sha256"]) == 64
 
 
+def named(*layers):
+    """Layers whose tensors have names that no plan here knows."""
+    return nn.Sequential(OrderedDict((f"layer_{number}", layer) for number, layer in enumerate(layers)))
+
+
+def test_a_network_that_its_plan_does_not_leave_is_not_saved(compressed, tmp_path):
+    with pytest.raises(PlanError, match=r"got 0\.weight of shape \(8, 6\).*what bc\.apply"):
+        save(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), compressed.plan, tmp_path)
+    with pytest.raises(ConfigError, match=r"save\(net, plan, directory\)"):
+        save(compressed.plan, compressed.net, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_shared_tensors_are_written_once(compressed, tmp_path):
-    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
-    net[2].weight = net[0].weight
+    net = named(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    net.layer_2.weight = net.layer_0.weight
     save(net, compressed.plan, tmp_path, onnx=False)
-    assert load_file(tmp_path / "model.safetensors").keys() == {"0.weight", "0.bias", "2.bias"}
+    assert load_file(tmp_path / "model.safetensors").keys() == {"layer_0.weight", "layer_0.bias", "layer_2.bias"}
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["aliases"]) == {"2.weight": "0.weight"}
+        assert json.loads(file.metadata()["aliases"]) == {"layer_2.weight": "layer_0.weight"}
     assert verify(net, tmp_path, torch.randn(3, 6))["model.pt2"] == 0
 
 
@@ -284,7 +298,7 @@ def test_log_level_is_put_back():
 
 def test_float64_network(compressed, tmp_path):
     with seeded(0):
-        net = nn.Sequential(nn.Linear(6, 3)).double()
+        net = named(nn.Linear(6, 3)).double()
     save(net, compressed.plan, tmp_path, onnx=False)
     assert verify(net, tmp_path, torch.randn(4, 6))["model.pt2"] <= 1e-12
 
@@ -332,8 +346,8 @@ def test_coded_file_takes_the_widths_given(compressed, tmp_path):
 def test_network_that_the_coded_format_does_not_hold(compressed, tmp_path):
     """It is saved without model.rbc, which a note says; an earlier network's does not stay behind."""
     for net, words in {
-        nn.Sequential(nn.Linear(6, 3), nn.LayerNorm(3)): "layer 1: LayerNorm",
-        nn.Sequential(nn.Linear(6, 3)).double(): "tensor 0.weight: torch.float64",
+        named(nn.Linear(6, 3), nn.LayerNorm(3)): "layer layer_1: LayerNorm",
+        named(nn.Linear(6, 3)).double(): "tensor layer_0.weight: torch.float64",
     }.items():
         save(compressed.net, compressed.plan, tmp_path, onnx=False)
         assert (tmp_path / "model.rbc").exists()

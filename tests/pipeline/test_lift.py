@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pyrobc.calling import call_network
 from pyrobc.errors import ConfigError, FamilyError
 from pyrobc.family import Effective
 from pyrobc.fit import fit
@@ -16,7 +17,7 @@ from pyrobc.groups import Member
 from pyrobc.lift import LiftedModel, lift
 from pyrobc.lifted_layers import LayerLaw, LiftedLayer
 from pyrobc.models.mlp import build
-from pyrobc.slicing import call_network, mask_groups
+from pyrobc.slicing import mask_groups
 
 STANDARD_ERRORS = 4.5  # many elements at once
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pyrobc.calling import evaluating
 from pyrobc.family import Effective
 from pyrobc.fit import fit
 from pyrobc.lift import lift
-from pyrobc.posterior import Posterior, evaluating, measure_input_rms
+from pyrobc.posterior import Posterior, measure_input_rms
 from pyrobc.slicing import slice_groups
 
 FAMILIES = ["log_uniform", "group_horseshoe"]

@@ -3,12 +3,15 @@
 import contextlib
 import io
 import re
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pyrobc import cli
+from pyrobc.demo import load_digits
 from pyrobc.export import load
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +43,18 @@ def test_the_example_prints_what_the_readme_says(tmp_path, monkeypatch):
         assert cli.main(command.split()) == 0, command
     assert (tmp_path / "x.rbc").stat().st_size < (tmp_path / "run" / "model.rbc").stat().st_size
     assert load("x.rbc")(torch.zeros(3, 64)).shape == (3, 10)
+
+
+def test_its_run_file_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, language in (("my_network.py", "python"), ("run.yaml", "yaml")):
+        [text] = [block for block in blocks(language) if block.startswith(f"# {name}\n")]
+        (tmp_path / name).write_text(text)
+    for name, (x, y) in zip(("train", "validation", "test"), load_digits(), strict=True):
+        np.savez(f"{name}.npz", x=x.numpy(), y=y.numpy())
+    assert cli.main(["compress", "--config", "run.yaml", "--epochs", "2", "--warmup_epochs", "0"]) == 0
+    assert {"report.html", "model.rbc", "plan.json"} <= {p.name for p in (tmp_path / "runs" / "mine").iterdir()}
+    sys.modules.pop("my_network", None)
 
 
 def test_its_commands_exist():

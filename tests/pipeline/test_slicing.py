@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyrobc.calling import call_network
 from pyrobc.dependency import trace_groups
 from pyrobc.errors import GroupError
 from pyrobc.groups import GroupSpec, Kept
-from pyrobc.slicing import SelectLinear, call_network, mask_groups, slice_groups
+from pyrobc.slicing import SelectLinear, mask_groups, slice_groups
 
 TOLERANCE = 1e-9  # float64: what differs by more is not rounding
 SOME = hypothesis.settings(max_examples=25, suppress_health_check=list(hypothesis.HealthCheck))
