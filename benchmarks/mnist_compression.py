@@ -61,7 +61,7 @@ RECIPES: dict[str, tuple[tuple[float, ...], Settings]] = {
     ),
 }
 LARGER: dict[str, tuple[dict[int, tuple[float, ...]], tuple[float, ...]]] = {
-    "lenet_300_100": (dict.fromkeys((8000, 5000), (1.75, 2.5)), (0.045, 0.032))
+    "lenet_300_100": ({5000: (1.0, 1.75)}, (0.045, 0.032))
 }
 """Levels of the families and of the recipe on the road to more weights."""
 DENSE_EPOCHS = {"lenet_300_100": 15, "lenet_5_caffe": 6}
