@@ -18,7 +18,7 @@ from benchmarks._mnist import Rows, load_test
 from benchmarks._mnist_onnx import compare_latency, measure_int8
 from benchmarks._record import describe_earlier, describe_run, join_points, print_run
 from pyrobc.codec import unpack
-from pyrobc.compare import measure_error
+from pyrobc.compare import describe_cpu, measure_error
 from pyrobc.dependency import trace_groups
 from pyrobc.errors import SurgeryError
 from pyrobc.slicing import slice_groups
@@ -87,8 +87,10 @@ def write_report(
         earlier = describe_earlier(points, lambda p: LABELS[p["method"]])
         lines += [f"{describe_seeds(means)}  {earlier}".rstrip(), ""]
         if name == "lenet_5_caffe" and points:
-            found[name]["speed"] = measure_speed(build, means, test[0][:8192])
-            lines += [*describe_speed(found[name]["speed"]), ""]
+            here = measure_speed(build, means, test[0][:8192])
+            others = [speed for speed in stored.get("speeds", []) if speed["cpu"] != here["cpu"]]
+            found[name]["speeds"] = [*others, here]
+            lines += [line for speed in found[name]["speeds"] for line in (*describe_speed(speed), "")]
     seeds = sorted({p["seed"] for network in found.values() for p in network["points"]})
     record = describe_run("mnist_compression", seeds, "--data FOLDER")
     trained = sorted({p["place"] for network in found.values() for p in network["points"] if "place" in p})
@@ -253,14 +255,15 @@ def measure_speed(build: Any, means: Sequence[dict[str, Any]], rows: Tensor) -> 
     if [list(p.shape) for p in compact.parameters() if p.dim() > 1] != chosen["shapes"]:
         raise SurgeryError("widths", got=str(kept), allowed=str(chosen["shapes"]), fix="report it")
     times = compare_latency(dense, compact, rows)
-    return {key: chosen[key] for key in ("stop", "method", "bytes", "shapes")} | {"times": times}
+    facts = {key: chosen[key] for key in ("stop", "method", "bytes", "shapes")}
+    return facts | {"times": times, "cpu": describe_cpu()}
 
 
 def describe_speed(speed: Mapping[str, Any]) -> list[str]:
     """A table of run times."""
     lines = [
-        f"CPU inference, batch 8192, one thread, one run, medians of interleaved calls: the dense network against one "
-        f"of the widths of {LABELS[speed['method']]}, {speed['stop']}.",
+        f"CPU inference on {speed['cpu']}, batch 8192, one thread, one run, medians of interleaved calls: the dense "
+        f"network against one of the widths of {LABELS[speed['method']]}, {speed['stop']}.",
         "",
         "| run by | dense, ms | compact, ms | ratio | target | met |",
         "|---|---|---|---|---|---|",

@@ -151,9 +151,10 @@ class _Plane:
         self.blocks = int(block.max()) + 1
         self.cells = block * (self.height * self.width) + point
         axis = torch.arange(-REACH, REACH + 1, dtype=torch.float64, device=device)
-        distance = (axis[:, None].square() + axis.square()).sqrt()
+        square = axis[:, None].square() + axis.square()
+        distance = square.sqrt()
         kernel = torch.where((distance > 0) & (distance <= REACH), (-distance / 2).exp(), 0.0)
-        nearest, diagonal = ((distance == d).double() for d in (1.0, math.sqrt(2.0)))
+        nearest, diagonal = ((square == s).double() for s in (1.0, 2.0))  # whole numbers: roots differ by processor
         self.kernels = torch.stack([kernel, nearest, diagonal])[:, None]
         self.possible = self.sum_up(torch.ones(1, len(positions), dtype=torch.float64, device=device))
 

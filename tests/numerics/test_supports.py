@@ -63,7 +63,7 @@ def list_features(mask: np.ndarray, geometry: Geometry | None) -> np.ndarray:
                 d = np.where(block == block[c], np.hypot(u - u[c], v - v[c]), np.inf)
                 kernel = np.where((d > 0) & (d <= 5), np.exp(-d / 2), 0.0)
                 x.append(compare(kernel @ mask[r], kernel.sum(), 1.0))
-                x += [(mask[r] & (d == e)).sum() - p * (d == e).sum() for e in (1.0, math.sqrt(2.0))]
+                x += [(mask[r] & (near := np.isclose(d, e))).sum() - p * near.sum() for e in (1.0, math.sqrt(2.0))]
             found.append(x)
     return np.array(found)
 
