@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks._mnist import Rows, load_test
-from benchmarks._record import describe_earlier, describe_run, join_points, print_run
+from benchmarks._record import describe_earlier, describe_run, gather_points, print_run
 from pyrobc.codec import unpack
 from pyrobc.compare import count_macs
 from pyrobc.diagnose import diagnose
@@ -58,7 +59,8 @@ def write_report(
             continue
         test = load_test(data, shape)
         dense = {file.stem: read_dense(file, build) for file in sorted((runs / name).glob("dense-*.pt"))}
-        points = read_points(runs / name, dense, test, stored, before.get("date", ""))
+        read = partial(read_point, dense=dense, test=test)
+        points = gather_points((runs / name).glob("*-kl*"), read, stored, RUN, before.get("date", ""))
         if points:
             found[name] = {"points": points, "means": average(points, methods)}
             lines += tabulate(name, build, points, found[name]["means"])
@@ -79,19 +81,6 @@ def read_dense(file: Path, build: Any) -> nn.Module:
     net: nn.Module = build()
     net.load_state_dict(torch.load(file, weights_only=True))
     return net.eval()
-
-
-def read_points(
-    folder: Path, dense: Mapping[str, nn.Module], test: Rows, stored: Sequence[dict[str, Any]], date: str
-) -> list[dict[str, Any]]:
-    """Points of runs that are done here, and else those stored, or what there is of them here."""
-    here, done = [], set()
-    for place in sorted(folder.glob("*-kl*")):
-        points = [read_point(file, dense, test) for file in sorted(place.glob("*.json"))]
-        here += points
-        if (place / "done").exists():
-            done |= {tuple(point[name] for name in RUN) for point in points}
-    return join_points(here, done, stored, RUN, date)
 
 
 def read_point(file: Path, dense: Mapping[str, nn.Module], test: Rows) -> dict[str, Any]:

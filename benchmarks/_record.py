@@ -6,7 +6,7 @@ import datetime
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,23 @@ def join_points(
     earlier = {tell_run(point) for point in stored} - set(done)
     kept = [{"measured": date} | point for point in stored if tell_run(point) in earlier]
     return [point for point in here if tell_run(point) not in earlier] + kept
+
+
+def gather_points(
+    places: Iterable[Path],
+    read: Callable[[Path], dict[str, Any]],
+    stored: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    date: str,
+) -> list[dict[str, Any]]:
+    """Points of the runs in ``places`` that are done, and else those stored, or what there is of them here."""
+    here, done = [], set()
+    for place in sorted(places):
+        points = [read(file) for file in sorted(place.glob("*.json"))]
+        here += points
+        if (place / "done").exists():
+            done |= {tuple(point[name] for name in names) for point in points}
+    return join_points(here, done, stored, names, date)
 
 
 def describe_earlier(points: Sequence[dict[str, Any]], label: Callable[[dict[str, Any]], str]) -> str:

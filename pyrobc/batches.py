@@ -146,9 +146,9 @@ def count_rows(loader: Any) -> int:
     return rows
 
 
-def no_rows() -> DataError:
+def no_rows(subject: str = "data") -> DataError:
     """The refusal of empty data."""
-    return DataError("data", got="no rows", allowed="at least one row", fix="check the path and the split")
+    return DataError(subject, got="no rows", allowed="at least one row", fix="check the path and the split")
 
 
 def count_batches(loader: Any) -> float:
@@ -216,8 +216,8 @@ def check_batch(inputs: Any, targets: Tensor, example_inputs: Any) -> None:
 @contextmanager
 def seeded(*seeds: int) -> Iterator[None]:
     """Torch's, numpy's and Python's random states set inside from these non-negative numbers, restored outside."""
-    if not all(is_whole(seed) for seed in seeds):
-        raise FitError("seed", got=repr(seeds[0]), allowed="a whole number from 0", fix="pass seed=0, for instance")
+    if wrong := [seed for seed in seeds if not is_whole(seed)]:
+        raise FitError("seed", got=repr(wrong[0]), allowed="a whole number from 0", fix="pass seed=0, for instance")
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     state = pyro.util.get_rng_state()
     with torch.random.fork_rng(devices=devices):

@@ -17,7 +17,7 @@ from scipy.stats import binomtest, norm
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyrobc.batches import as_loader, first_batch, move
+from pyrobc.batches import as_loader, first_batch, move, split_batch
 from pyrobc.calling import call_network, evaluating, first_tensor
 from pyrobc.kinds import check_kind
 from pyrobc.likelihoods import Likelihood, make_likelihood
@@ -68,8 +68,9 @@ def measure_error(net: nn.Module, data: Any, likelihood: Likelihood | str) -> tu
     anchor, losses = next(iter(net.parameters())), []
     with evaluating(net):
         for batch in as_loader(data, batch_size=1024, shuffle=False):
-            outputs = first_tensor(call_network(net, move(batch[0], anchor)))
-            losses.append(chosen.loss(outputs, move(batch[1], anchor)).double().cpu())
+            inputs, targets = (move(part, anchor) for part in split_batch(batch))
+            outputs = first_tensor(call_network(net, inputs))
+            losses.append(chosen.loss(outputs, targets).double().cpu())
     loss = torch.cat(losses)
     mean = float(loss.mean())
     if chosen.loss_name == "error":

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jsonargparse
 
-from pyrobc.errors import ConfigError, DataError, suggest
+from pyrobc.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -290,6 +290,8 @@ def _load_state(net: Any, path: str) -> None:
 def _read_data(name: str, source: Source, config: RunConfig) -> Any:
     import torch
 
+    from pyrobc.batches import no_rows
+
     if isinstance(source, str) and ":" in source and not Path(source).exists():
         dataset = _import_path(name, source)
         if callable(dataset) and not hasattr(dataset, "__getitem__"):
@@ -302,7 +304,7 @@ def _read_data(name: str, source: Source, config: RunConfig) -> Any:
                 fix="return one from the callable",
             )  # fmt: skip
         if len(dataset) == 0:
-            raise DataError(name, got="no rows", allowed="at least one row", fix="check the path and the split")
+            raise no_rows(name)
         order = torch.Generator().manual_seed(config.seed)
         is_training = name == "data"
         rows = config.batch_size if is_training else 1024

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import RandomSampler
 
-from pyrobc.batches import as_loader, count_rows, move, repeatable
+from pyrobc.batches import as_loader, count_rows, move, repeatable, split_batch
 from pyrobc.calling import evaluating
 from pyrobc.errors import DataError
 from pyrobc.family import Effective
@@ -74,7 +74,7 @@ def take_rows(posterior: Posterior, data: Any, max_rows: int, seed: int) -> Deci
     inputs, targets, surrogate, start = [], [], [], 0
     with repeatable(loader, seed):  # a loader that shuffles gives the same rows again
         for batch in loader:
-            x, y = move(batch[0], posterior.model.anchor), move(batch[1], posterior.model.anchor)
+            x, y = (move(part, posterior.model.anchor) for part in split_batch(batch))
             if is_sampled:
                 surrogate.append(_score_mean(posterior, mean, x, y))
             here = wanted[(wanted >= start) & (wanted < start + len(y))] - start

@@ -30,7 +30,6 @@ from pyrobc.batches import (
     repeatable,
     split_batch,
 )  # fmt: skip
-from pyrobc.calling import evaluating
 from pyrobc.checkpoint import read_checkpoint, write_checkpoint
 from pyrobc.distributed import Team, find_team
 from pyrobc.errors import CheckpointError, ConfigError, FitError
@@ -39,11 +38,11 @@ from pyrobc.kinds import check_kind
 from pyrobc.lift import LiftedModel
 from pyrobc.meanfield import MeanFieldGuide
 from pyrobc.moment_loss import MomentLoss
-from pyrobc.objective import Loss, LossFactory, fast_loss, split_laws, traced_loss
+from pyrobc.objective import Loss, LossFactory, fast_loss, traced_loss
 from pyrobc.posterior import Posterior, measure_input_rms
 from pyrobc.settings import PATHS, check_settings, describe_batch, describe_schedule, describe_start
 from pyrobc.training import Training
-from pyrobc.watching import look_at, validate
+from pyrobc.watching import look_at, run_mean, validate
 
 __all__ = ["anneal", "fit"]
 
@@ -235,7 +234,7 @@ def _train_epoch(
             inputs, targets = (move(part, model.anchor) for part in split_batch(batch))
             if is_first:
                 check_batch(inputs, targets, model.example_inputs)
-                _check_targets(run, inputs, targets)
+                model.likelihood.check(targets, run_mean(model, run.guide, inputs))
             if on_step is not None:
                 on_step(run.guide, (run.epoch + min(1.0, batches / length)) / epochs)
             run.optimizer.zero_grad(set_to_none=True)
@@ -284,12 +283,6 @@ def _cut_groups(run: Training, prune: Prune, loader: Any, num_data: int, seed: i
     spec = run.model.spec
     run.history[-1]["parameters"], run.history[-1]["macs"] = map(float, spec.forecast(spec.everything()))
     return is_smaller
-
-
-def _check_targets(run: Training, inputs: Any, targets: Tensor) -> None:
-    with torch.no_grad(), evaluating(run.model):
-        own, _ = split_laws(run.model, run.guide.distributions())
-        run.model.likelihood.check(targets, run.model.run(run.model.family.mean(own, run.model.spec), inputs))
 
 
 def _is_stale(run: Training, patience: int | None) -> bool:

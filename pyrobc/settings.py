@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from pyrobc.batches import move
-from pyrobc.calling import evaluating, first_tensor, tensors_of
+from pyrobc.calling import first_tensor, tensors_of
 from pyrobc.errors import ConfigError, FitError, suggest
 from pyrobc.kinds import is_positive, is_real, is_whole
 from pyrobc.lift import LiftedModel
 from pyrobc.meanfield import MeanFieldGuide
-from pyrobc.objective import split_laws
+from pyrobc.watching import run_mean
 
 __all__ = ["PATHS", "check_device", "check_settings", "describe_batch", "describe_schedule", "describe_start"]
 
@@ -86,10 +86,7 @@ def check_device(device: Any) -> None:
 def describe_start(model: LiftedModel, guide: MeanFieldGuide) -> list[str]:
     """Norms of where a fit starts, and of what its mean says to the example: a sign that the network is the same."""
     tensors = [*guide.parameters(), *model.net.buffers()]
-    with torch.no_grad(), evaluating(model):
-        own, _ = split_laws(model, guide.distributions())
-        example = move(model.example_inputs, model.anchor)
-        outputs = tensors_of(model.run(model.family.mean(own, model.spec), example))
+    outputs = tensors_of(run_mean(model, guide, move(model.example_inputs, model.anchor)))
     return [f"{float(tensor.detach().double().norm()):.4g}" for tensor in (*tensors, *outputs)]
 
 

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrobc.batches import move
+from pyrobc.batches import move, split_batch
 from pyrobc.calling import evaluating
 from pyrobc.dists import interval_log_mass
+from pyrobc.lift import LiftedModel
+from pyrobc.meanfield import MeanFieldGuide
 from pyrobc.negligible import DEFAULT_EPSILON, find_sizes, negligible_thresholds
 from pyrobc.objective import split_laws
 from pyrobc.posterior import measure_input_rms
 from pyrobc.training import Training
 
-__all__ = ["look_at", "validate"]
+__all__ = ["look_at", "run_mean", "validate"]
 
 
 @torch.no_grad()
@@ -42,6 +44,14 @@ def look_at(run: Training, inputs: Any, targets: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
+def run_mean(model: LiftedModel, guide: MeanFieldGuide, inputs: Any) -> Any:
+    """What the mean network says, in evaluation mode."""
+    own, _ = split_laws(model, guide.distributions())
+    with evaluating(model):
+        return model.run(model.family.mean(own, model.spec), inputs)
+
+
+@torch.no_grad()
 def validate(run: Training, loader: Iterable[Any]) -> float:
     """Mean negative log likelihood of the mean network, nats per row."""
     own, extra = split_laws(run.model, run.guide.distributions())
@@ -50,7 +60,7 @@ def validate(run: Training, loader: Iterable[Any]) -> float:
     total, rows = 0.0, 0
     with evaluating(run.model):
         for batch in loader:
-            inputs, targets = move(batch[0], run.model.anchor), move(batch[1], run.model.anchor)
+            inputs, targets = (move(part, run.model.anchor) for part in split_batch(batch))
             outputs = run.model.run(effective, inputs)
             total -= float(run.model.likelihood.distribution(outputs, values).log_prob(targets).sum())
             rows += len(targets)
